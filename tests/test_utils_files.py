@@ -1,0 +1,123 @@
+"""Files: there when needed, complete once named; weight files read lazily and refused in one line."""
+
+import json
+import os
+import pickle
+import struct
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from utils.errors import UserError
+from utils.files import atomic_path, require_file
+from utils.safetensors_io import open_tensors, read_metadata, save_file_atomically
+
+
+def line(call) -> str:
+    with pytest.raises(UserError) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_file_has_its_name_only_when_complete(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
+    with atomic_path(path) as temporary:
+        temporary.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    save_file_atomically({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_missing_path_is_named_with_the_nearest_file(tmp_path):
+    (tmp_path / "wan_vae.safetensors").write_bytes(b"x")
+    assert "Did you mean 'wan_vae.safetensors'" in line(
+        lambda: require_file(tmp_path / "wan_vea.safetensors", "--vae", "")
+    )
+    assert "is a folder" in line(lambda: require_file(tmp_path, "--vae", "the weights"))
+    assert "no folder" in line(lambda: require_file(tmp_path / "x" / "y", "--vae", "the weights"))
+    assert line(lambda: require_file(None, "--vae", "the VAE")) == "--vae is missing. Give the VAE: --vae PATH."
+    (tmp_path / "empty").touch()
+    assert "is empty" in line(lambda: require_file(tmp_path / "empty", "--vae", "the weights"))
+
+
+def test_tensors_and_metadata_come_back(tmp_path):
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(4, dtype=torch.bfloat16)}
+    save_file_atomically(tensors, tmp_path / "x.safetensors", {"num_heads": "3"})
+    torch.save({"state_dict": tensors}, tmp_path / "x.pth")
+    for name in ("x.safetensors", "x.pth"):
+        with open_tensors(tmp_path / name, "--dit") as file:
+            assert sorted(file.keys()) == ["a", "b"] and "a" in file
+            assert file.shape("a") == (2, 3) and file.dtype("b") == torch.bfloat16
+            assert all(torch.equal(file.get(key), tensors[key]) for key in tensors)
+    assert read_metadata(tmp_path / "x.safetensors") == {"num_heads": "3"}
+
+
+def test_all_shards_are_read_and_a_missing_one_is_named(tmp_path):
+    for n in (1, 2, 3):
+        save_file({f"k{n}": torch.full((2,), n)}, tmp_path / f"m-0000{n}-of-00003.safetensors")
+    with open_tensors(tmp_path / "m-00002-of-00003.safetensors", "--dit") as file:
+        assert sorted(file.keys()) == ["k1", "k2", "k3"] and file.get("k3")[0] == 3
+    (tmp_path / "m-00003-of-00003.safetensors").unlink()
+    text = line(lambda: open_tensors(tmp_path / "m-00001-of-00003.safetensors", "--dit"))
+    assert "1 of 3 parts are missing: m-00003-of-00003.safetensors" in text
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
+    path = tmp_path / "whole.safetensors"
+    save_file({"a": torch.randn(100)}, path)
+    whole = path.read_bytes()
+    for length in (3, 8, 20, len(whole) - 1):
+        (tmp_path / "part.safetensors").write_bytes(whole[:length])
+        text = line(lambda: open_tensors(tmp_path / "part.safetensors", "--dit"))
+        assert "--dit" in text and "part.safetensors" in text
+    torch.save({"a": torch.randn(1000)}, tmp_path / "whole.pth")
+    (tmp_path / "part.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-1000])
+    assert "truncated or damaged" in line(lambda: open_tensors(tmp_path / "part.pth", "--t5"))
+
+
+def test_what_is_not_safetensors_is_called_by_its_kind(tmp_path):
+    path = tmp_path / "x.safetensors"
+    torch.save({"a": torch.zeros(1)}, path)
+    assert "a torch pickle" in line(lambda: open_tensors(path, "--vae"))
+    path.write_text("<!DOCTYPE html><html></html>")
+    assert "web page" in line(lambda: open_tensors(path, "--vae"))
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+    assert "Git LFS pointer" in line(lambda: open_tensors(path, "--vae"))
+    header = json.dumps({"a": {"dtype": "F32"}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "not a safetensors file" in line(lambda: open_tensors(path, "--vae"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("this-must-not-appear",)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, "new.pth")
+    (tmp_path / "old.pth").write_bytes(pickle.dumps({"a": Evil()}))
+    for name in ("new.pth", "old.pth"):
+        text = line(lambda name=name: open_tensors(tmp_path / name, "--t5"))
+        assert "run code" in text
+    assert not (tmp_path / "this-must-not-appear").exists()
+
+
+def test_a_pickle_without_tensors_is_refused(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "x.pth")
+    assert "no named tensors" in line(lambda: open_tensors(tmp_path / "x.pth", "--t5"))

@@ -1,0 +1,55 @@
+"""Files that exist when they are needed and are complete once they have their name."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.options import suggest
+
+
+def require_file(path: Path | str | None, option: str, what: str) -> Path:
+    """Return the path of a file that exists and is not empty, or raise UserError.
+
+    option: "--vae"; what: "the VAE's weights", as in "--vae is missing: give the VAE's weights".
+    """
+    if path is None or str(path) == "":
+        raise UserError(f"{option} is missing", f"give {what}: {option} PATH")
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.is_file())[:3]
+        inside = f", e.g. {path / files[0]}" if files else ""
+        raise UserError(f"{option} {path}: is a folder, not a file", f"name a file in it{inside}")
+    if not path.is_file():
+        near = suggest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else ""
+        fix = near or ("check the path" if path.parent.is_dir() else f"there is no folder {path.parent} either")
+        raise UserError(f"{option} {path}: no such file", fix)
+    if path.stat().st_size == 0:
+        raise UserError(f"{option} {path}: the file is empty", "copy or download it again")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; afterwards flush that file to the disk and give it its real name.
+
+    When the body fails, the temporary file is removed and whatever had the name before is untouched. The temporary
+    name keeps the suffix, because encoders choose their format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:100]}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        # Some writers (safetensors) make files that only their owner may read.
+        os.chmod(temporary, mode)
+        # Windows flushes only handles that are open for writing.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
