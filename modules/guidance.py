@@ -1,0 +1,98 @@
+"""Classifier-free and skip-layer guidance: velocity functions made from velocity functions.
+
+One letter a step says which predictions that step asks the model for:
+C the conditional one; G also the unconditional; S both and one with blocks skipped; U conditional and skipped.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from modules.solvers import Step, Velocity
+
+CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
+SLG_MODES = ("original", "uncond")
+Scale = float | Callable[[Step], float]
+
+
+def cfg_steps(steps: int, mode: str = "none", ratio: float | None = None) -> list[bool]:
+    """Return for each step whether classifier-free guidance is applied there.
+
+    mode names where it is left out and `ratio` the share of steps that keep it; `none` or no ratio keep all.
+    """
+    if mode == "none" or ratio is None:
+        return [True] * steps
+    if mode == "alternate":
+        applied, due = [], 0.0
+        for _ in range(steps):
+            due += (
+                ratio  # a plain float64 sum: its rounding decides some steps, and files made before must come out again
+            )
+            applied.append(due >= 1.0)
+            due -= 1.0 if due >= 1.0 else 0.0
+        return applied
+    kept = int(steps * ratio)
+    if mode == "middle":
+        return [not kept // 2 <= i < kept // 2 + steps - kept for i in range(steps)]
+    first = {"early": steps - kept, "late": 0, "early_late": (steps - kept) // 2}[mode]
+    return [first <= i < first + kept for i in range(steps)]
+
+
+def guidance_pattern(
+    steps: int,
+    cfg_skip_mode: str = "none",
+    cfg_apply_ratio: float | None = None,
+    slg_mode: str | None = None,
+    slg_start: float = 0.0,
+    slg_end: float = 0.3,
+) -> str:
+    """Return the letter of each step; layers are skipped from `slg_start` to `slg_end`, where there is guidance."""
+    skipping = {None: "G", "original": "S", "uncond": "U"}[slg_mode]
+    start, end = int(slg_start * steps), int(slg_end * steps)
+    applied = cfg_steps(steps, cfg_skip_mode, cfg_apply_ratio)
+    return "".join((skipping if start <= i < end else "G") if on else "C" for i, on in enumerate(applied))
+
+
+def classifier_free(conditional: Velocity, unconditional: Velocity, scale: Scale) -> Velocity:
+    """Return v_u + scale (v_c - v_u) (arXiv:2207.12598); at scale 1 that is v_c, and v_u is never computed."""
+
+    def velocity(x: Tensor, step: Step) -> Tensor:
+        weight = scale(step) if callable(scale) else scale
+        wanted = conditional(x, step)
+        if weight == 1:
+            return wanted
+        unwanted = unconditional(x, step)
+        return unwanted + weight * (wanted - unwanted)
+
+    return velocity
+
+
+def skip_layer(
+    conditional: Velocity, unconditional: Velocity, skipped: Velocity, scale: Scale, slg_scale: float
+) -> Velocity:
+    """Return the classifier-free velocity plus slg_scale (v_c - v_s), v_s being predicted with some blocks skipped."""
+
+    def velocity(x: Tensor, step: Step) -> Tensor:
+        wanted = conditional(x, step)
+        guided = classifier_free(lambda x, step: wanted, unconditional, scale)(x, step)
+        return guided + slg_scale * (wanted - skipped(x, step))
+
+    return velocity
+
+
+def guided(
+    pattern: str,
+    conditional: Velocity,
+    unconditional: Velocity,
+    skipped: Velocity,
+    scale: Scale,
+    slg_scale: float = 3.0,
+) -> Velocity:
+    """Return the velocity that follows `pattern`, one letter a step."""
+    by_letter = {
+        "C": conditional,
+        "G": classifier_free(conditional, unconditional, scale),
+        "S": skip_layer(conditional, unconditional, skipped, scale, slg_scale),
+        "U": classifier_free(conditional, skipped, scale),
+    }
+    return lambda x, step: by_letter[pattern[step.index]](x, step)
