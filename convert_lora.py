@@ -1,0 +1,50 @@
+"""Convert the key names of a LoRA file for other programs, or back.
+
+python convert_lora.py --input lora.safetensors --output lora_other.safetensors --target other
+python convert_lora.py --input lora_other.safetensors --output lora.safetensors --target default
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from networks.formats import detect_format, read_lora, to_default, to_other, with_hashes
+from utils.errors import UserError, run_script
+from utils.options import option, parse_options
+from utils.safetensors_io import save_file_atomically
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """conversion"""
+
+    input: Path | None = option(None, "LoRA file to read, in any known format", required=True)
+    output: Path | None = option(None, "LoRA file to write", required=True)
+    target: str | None = option(
+        None,
+        "other: dotted keys with lora_A and lora_B, for ComfyUI and diffusers; default: the keys that training writes",
+        choices=("other", "default"),
+        required=True,
+    )
+    diffusers_prefix: str = option("diffusion_model", "first part of the keys with --target other, e.g. transformer")
+
+
+def main() -> None:
+    (options,) = parse_options(__doc__, ConversionOptions)
+    if options.output.suffix.lower() != ".safetensors":
+        raise UserError(f"--output {options.output}: not a .safetensors file", "give the name the suffix .safetensors")
+    state_dict, metadata = read_lora(options.input, "--input")
+    name = f"--input {options.input}"
+    if options.target == "default":
+        converted = to_default(state_dict, name)
+    else:
+        converted = to_other(state_dict, options.diffusers_prefix, name)
+    save_file_atomically(converted, options.output, with_hashes(converted, metadata))
+    source = detect_format(list(state_dict))
+    logger.info("%s: %d tensors, %s > %s", options.output, len(converted), source, options.target)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,259 @@
+"""Key names of LoRA files, here and elsewhere, and the weight deltas that they stand for.
+
+default    lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha: what training writes
+other      diffusion_model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight: alpha folded in
+diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight, ...: other layer names
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from networks.lora import PREFIX, lora_name
+from utils.errors import UserError
+from utils.safetensors_io import open_tensors
+
+logger = logging.getLogger(__name__)
+
+Layers = dict[str, dict[str, Tensor]]  # {dotted path in the DiT: {part: tensor}}, parts as in the default format
+
+_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+# Words of layer names that have an underscore of their own; with them `lora_unet_...` names can be read back.
+_COMPOUND_WORDS = re.compile(
+    r"(?<=_)(self_attn|cross_attn|norm_k_img|norm_k|norm_q|k_img|v_img"
+    r"|patch_embedding|text_embedding|time_embedding|time_projection|img_emb)(?=_|$)"
+)
+_PARTS = re.compile(
+    r"\.(lora_down\.weight|lora_up\.weight|lora_[AB](?:\.\w+)?\.weight|lora_[AB]|alpha|dora_scale|diff|diff_b"
+    r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)$"
+)
+_OTHER_PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+_DIFFUSERS_NAMES = (
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0$", ".o"),
+    (r"\.to_([qkv])$", r".\1"),
+    (r"\.add_([kv])_proj$", r".\1_img"),
+    (r"\.norm_added_k$", ".norm_k_img"),
+    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+    (r"\.ffn\.net\.2$", ".ffn.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
+    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
+    (r"^proj_out$", "head.head"),
+)
+
+
+def layer_path(name: str) -> str:
+    """Return the dotted path of a LoRA name: lora_unet_blocks_0_cross_attn_k_img > blocks.0.cross_attn.k_img."""
+    guarded = _COMPOUND_WORDS.sub(lambda word: word[0].replace("_", "\0"), "_" + name.removeprefix(PREFIX))
+    return guarded[1:].replace("_", ".").replace("\0", "_")
+
+
+def detect_format(keys: Sequence[str]) -> str | None:
+    """Return "default", "diffusers" or "other", whichever most LoRA keys have; None when there is none."""
+    counts = dict.fromkeys(("default", "other", "diffusers"), 0)
+    for key in keys:
+        if _PARTS.search(key):
+            foreign = "other" if _official(_unprefixed(key)) == _unprefixed(key) else "diffusers"
+            counts["default" if key.startswith(PREFIX) else foreign] += 1
+    return max(counts, key=counts.__getitem__) if any(counts.values()) else None
+
+
+def read_lora(path: Path | str | None, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors, metadata) of a LoRA file, held in memory: the file may be replaced afterwards."""
+    with open_tensors(path, option, "a LoRA file") as file:
+        keys = file.keys()
+        return {key: file.get(key).clone() for key in keys}, dict(file.metadata)
+
+
+def read_layers(state_dict: Mapping[str, Tensor], name: str = "LoRA") -> Layers:
+    """Return the tensors of a LoRA file of any format by layer and part; keys that mean nothing are counted.
+
+    name: what an error or warning calls the file. Raises UserError when it is no LoRA at all.
+    """
+    layers: Layers = {}
+    foreign = []
+    for key, tensor in state_dict.items():
+        part = _PARTS.search(key)
+        if not part:
+            foreign.append(key)
+            continue
+        stem = key[: part.start()]
+        path = layer_path(stem) if key.startswith(PREFIX) else _official(_unprefixed(stem))
+        layers.setdefault(path, {})[_default_part(part[1])] = tensor
+    layers = {path: parts for path, parts in layers.items() if set(parts) - {"alpha"}}
+    if not layers:
+        example = f", e.g. {foreign[0]}" if foreign else ""
+        raise UserError(f"{name}: not a LoRA: none of its {len(state_dict)} tensors is a LoRA's{example}")
+    if foreign:
+        logger.warning("%s: %d tensors are no part of a LoRA and ignored, e.g. %s", name, len(foreign), foreign[0])
+    return layers
+
+
+def _unprefixed(key: str) -> str:
+    for prefix in _PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _official(path: str) -> str:
+    for pattern, name in _DIFFUSERS_NAMES:
+        path = re.sub(pattern, name, path)
+    return path
+
+
+def _default_part(part: str) -> str:
+    """Return the default format's name of a part; PEFT puts an adapter's name in between: lora_A.default.weight."""
+    if part.startswith(("lora_A", "lora_B")):
+        return "lora_down.weight" if part.startswith("lora_A") else "lora_up.weight"
+    return part
+
+
+def to_default(state_dict: Mapping[str, Tensor], name: str = "LoRA") -> dict[str, Tensor]:
+    """Return a LoRA of any format with the keys of the default one; a missing alpha becomes the rank, an integer."""
+    converted = {}
+    for path, parts in read_layers(state_dict, name).items():
+        down = parts.get("lora_down.weight")
+        if down is not None and "alpha" not in parts:
+            parts = {**parts, "alpha": torch.tensor(down.shape[0])}
+        converted.update({f"{lora_name(path)}.{part}": tensor for part, tensor in parts.items()})
+    return converted
+
+
+def to_other(
+    state_dict: Mapping[str, Tensor], prefix: str = "diffusion_model", name: str = "LoRA"
+) -> dict[str, Tensor]:
+    """Return a LoRA of any format with dotted keys behind `prefix`.
+
+    alpha is folded in: both factors of a LoRA are multiplied by the square root of alpha / rank. Factors of other
+    kinds (LoHa, LoKr, plain differences) keep their names and alpha.
+    """
+    converted = {}
+    for path, parts in read_layers(state_dict, name).items():
+        down = parts.get("lora_down.weight")
+        factor = torch.tensor(1.0)
+        if down is not None:
+            # In alpha's own dtype: files then equal those that other programs convert, bit by bit.
+            factor = (parts.get("alpha", torch.tensor(down.shape[0])) / down.shape[0]).sqrt()
+            parts = {part: tensor for part, tensor in parts.items() if part != "alpha"}
+        for part, tensor in parts.items():
+            scaled = tensor * factor if part in _OTHER_PARTS else tensor
+            converted[f"{prefix}.{path}.{_OTHER_PARTS.get(part, part)}"] = scaled
+    return converted
+
+
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata with the two hashes of the tensors by which other programs tell LoRA files apart.
+
+    sshs_model_hash: SHA-256 of the tensors' bytes in a safetensors file; sshs_legacy_hash: the start of the SHA-256 of
+    64 KiB at 1 MiB of that file, whose header holds the ss_* metadata alone.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = memoryview(save({key: tensor.contiguous() for key, tensor in tensors.items()}, training))
+    header = 8 + int.from_bytes(content[:8], "little")
+    model_hash = hashlib.sha256(content[header:]).hexdigest()
+    legacy_hash = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
+
+
+def weight_deltas(
+    files: Sequence[tuple[Path | str, float]], option: str = "--lora_weight"
+) -> dict[str, Callable[[], Tensor]]:
+    """Return, by name of a DiT weight, a function that computes what the LoRA files add to it together, in float32.
+
+    files: (path, multiplier), in any known format. The sum runs in the order of the files. Raises UserError for files
+    that are no LoRA.
+    """
+    return deltas([(read_lora(path, option)[0], multiplier, f"{option} {path}") for path, multiplier in files])
+
+
+def deltas(loras: Sequence[tuple[Mapping[str, Tensor], float, str]]) -> dict[str, Callable[[], Tensor]]:
+    """Return the functions of `weight_deltas` for LoRAs in memory: (state dict, multiplier, name for messages)."""
+    terms: dict[str, list[tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor], float]]] = {}
+    for state_dict, multiplier, name in loras:
+        for path, parts in read_layers(state_dict, name).items():
+            if "dora_scale" in parts:
+                raise UserError(f"{name}: {path} is a DoRA, which is not supported", "merge it with another program")
+            if "diff_b" in parts:
+                terms.setdefault(f"{path}.bias", []).append((_bias_delta, parts, multiplier))
+            if set(parts) - {"alpha", "diff_b"}:
+                terms.setdefault(f"{path}.weight", []).append((_kind_of(parts, f"{name}: {path}"), parts, multiplier))
+    return {name: partial(_sum, weight_terms) for name, weight_terms in terms.items()}
+
+
+def _sum(terms: Sequence[tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor], float]]) -> Tensor:
+    delta, parts, multiplier = terms[0]
+    total = multiplier * delta(parts)
+    for delta, parts, multiplier in terms[1:]:
+        total += multiplier * delta(parts)
+    return total
+
+
+def _kind_of(parts: Mapping[str, Tensor], where: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Return the function that multiplies out the parts of one layer."""
+    for needed, delta in _KINDS:
+        if needed <= set(parts):
+            return delta
+    raise UserError(f"{where}: incomplete, it has only {', '.join(sorted(parts))}", "use a complete LoRA file")
+
+
+def _lora_delta(parts: dict[str, Tensor]) -> Tensor:
+    """Return alpha / rank * up @ down; of a convolution's factors, in the shape of its weight."""
+    down, up = parts["lora_down.weight"].float(), parts["lora_up.weight"].float()
+    product = up.flatten(1) @ down.flatten(1)
+    return _scale(parts, down.shape[0]) * product.reshape(up.shape[0], *down.shape[1:])
+
+
+def _loha_delta(parts: dict[str, Tensor]) -> Tensor:
+    """Return alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise between the two."""
+    first = parts["hada_w1_a"].float() @ parts["hada_w1_b"].float()
+    second = parts["hada_w2_a"].float() @ parts["hada_w2_b"].float()
+    return _scale(parts, parts["hada_w1_b"].shape[0]) * first * second
+
+
+def _lokr_delta(parts: dict[str, Tensor]) -> Tensor:
+    """Return kron(w1, w2), scaled by alpha / rank where a factor is of low rank."""
+    first, second = (_lokr_factor(parts, f"lokr_w{i}") for i in (1, 2))
+    ranks = [parts[part].shape[0] for part in ("lokr_w2_b", "lokr_w1_b") if part in parts]
+    return (_scale(parts, ranks[0]) if ranks else 1.0) * torch.kron(first, second)
+
+
+def _lokr_factor(parts: dict[str, Tensor], name: str) -> Tensor:
+    if name in parts:
+        return parts[name].float()
+    return parts[f"{name}_a"].float() @ parts[f"{name}_b"].float()
+
+
+def _weight_delta(parts: dict[str, Tensor]) -> Tensor:
+    return parts["diff"].float()
+
+
+def _bias_delta(parts: dict[str, Tensor]) -> Tensor:
+    return parts["diff_b"].float()
+
+
+def _scale(parts: Mapping[str, Tensor], rank: int) -> float:
+    return float(parts["alpha"]) / rank if "alpha" in parts else 1.0
+
+
+_KINDS = (
+    ({"lora_down.weight", "lora_up.weight"}, _lora_delta),
+    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _loha_delta),
+    ({"lokr_w1", "lokr_w2"}, _lokr_delta),
+    ({"lokr_w1", "lokr_w2_a", "lokr_w2_b"}, _lokr_delta),
+    ({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}, _lokr_delta),
+    ({"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}, _lokr_delta),
+    ({"diff"}, _weight_delta),
+)
