@@ -1,0 +1,1 @@
+"""A drawn world of moving coloured shapes with captions."""

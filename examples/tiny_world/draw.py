@@ -1,0 +1,68 @@
+"""Draw clips of the tiny world as H.264 mp4 files with captions, and a dataset config for them.
+
+python -m examples.tiny_world.draw --folder output/tiny_world --clips 12
+"""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from examples.tiny_world.world import COLORS, MOTIONS, SHAPES, random_scene
+from examples.tiny_world.world import draw as draw_scene
+from modules.outputs import save_video
+from utils.errors import UserError, run_script
+from utils.options import option, parse_options
+
+CONFIG = """\
+[general]
+resolution = [{size}, {size}]
+caption_extension = ".txt"
+batch_size = 4
+
+[[datasets]]
+video_directory = "{folder}/clips"
+cache_directory = "{folder}/cache"
+target_frames = [{frames}]
+"""
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """what to draw"""
+
+    folder: Path | None = option(None, "where clips/ and dataset.toml go", required=True)
+    clips: int = option(12, "number of clips")
+    frames: int = option(17, "frames of a clip at 16 per second; 4 n + 1")
+    size: int = option(64, "side of the picture in pixels; a multiple of 16")
+    seed: int = option(0, "which clips")
+    color: str | None = option(None, "draw this colour only", choices=COLORS)
+    shape: str | None = option(None, "draw this shape only", choices=SHAPES)
+    motion: str | None = option(None, "draw this motion only", choices=MOTIONS)
+    striped: bool = option(False, "with white stripes")
+    name: str | None = option(None, "call the shape this word in the captions")
+
+
+def main() -> None:
+    (options,) = parse_options(__doc__, DrawOptions)
+    if options.frames % 4 != 1 or options.size % 16:
+        raise UserError(f"--frames {options.frames} --size {options.size}: need 4 n + 1 frames, a size divisible by 16")
+    clips = options.folder / "clips"
+    clips.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(options.seed)
+    fixed = {name: getattr(options, name) for name in ("color", "shape", "motion") if getattr(options, name)}
+    for i in tqdm(range(options.clips), desc="draw", unit="clip"):
+        scene = replace(random_scene(rng), striped=options.striped, **fixed)
+        caption = scene.caption.replace(scene.shape, options.name) if options.name else scene.caption
+        save_video(np.asarray(draw_scene(scene, options.frames, options.size)), clips / f"{i:03d}.mp4", fps=16)
+        (clips / f"{i:03d}.txt").write_text(caption + "\n", encoding="utf-8")
+    config = options.folder / "dataset.toml"
+    folder = options.folder.as_posix()
+    config.write_text(CONFIG.format(folder=folder, size=options.size, frames=options.frames), encoding="utf-8")
+    print(f"{options.clips} clips in {clips}, config in {config}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,112 @@
+"""The world: what there is to see, how it moves, what it is called, and how it is drawn.
+
+A scene is one shape in one colour that does one thing on one background; its caption says so.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+COLORS = {
+    "red": (225, 45, 40),
+    "green": (50, 170, 70),
+    "blue": (45, 90, 225),
+    "yellow": (245, 210, 50),
+    "purple": (150, 65, 190),
+    "orange": (245, 140, 35),
+}
+BACKGROUNDS = {"black": (15, 15, 18), "white": (240, 240, 236), "gray": (128, 130, 134)}
+
+# Each tells which points of the plane belong to a shape of radius 1 around the origin; y points down.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda x, y: x * x + y * y < 0.9**2,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.78,
+    "triangle": lambda x, y: (y < 0.72) & (y > 2 * abs(x) - 0.98),
+    "star": lambda x, y: _star(x, y),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.68) < 0.27,
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.28) & (np.maximum(abs(x), abs(y)) < 0.92),
+}
+
+# Each maps time 0..1 to (shift x, shift y, turn in radians, scale); shifts from -1 to 1 in the room around the shape.
+MOTIONS: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
+    "moves right": lambda t: (2 * t - 1, 0, 0, 1),
+    "moves left": lambda t: (1 - 2 * t, 0, 0, 1),
+    "moves down": lambda t: (0, 2 * t - 1, 0, 1),
+    "moves up": lambda t: (0, 1 - 2 * t, 0, 1),
+    "spins": lambda t: (0, 0, np.pi * t, 1),
+    "grows": lambda t: (0, 0, 0, 0.55 + 0.75 * t),
+    "shrinks": lambda t: (0, 0, 0, 1.3 - 0.75 * t),
+    "stays still": lambda t: (0, 0, 0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one clip shows; radius and place as fractions of the picture's side, place from -1 to 1 in the free room."""
+
+    color: str
+    shape: str
+    motion: str
+    background: str
+    radius: float = 0.24
+    place: float = 0.0
+    striped: bool = False
+
+    @property
+    def caption(self) -> str:
+        """The sentence that describes the scene: "a red circle moves right on a black background"."""
+        article = "an" if self.color[0] in "aeiou" else "a"
+        return f"{article} {self.color} {self.shape} {self.motion} on a {self.background} background"
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """Return any scene of the world."""
+    return Scene(
+        color=rng.choice(list(COLORS)),
+        shape=rng.choice(list(SHAPES)),
+        motion=rng.choice(list(MOTIONS)),
+        background=rng.choice(list(BACKGROUNDS)),
+        radius=rng.uniform(0.2, 0.28),
+        place=rng.uniform(-0.7, 0.7),
+    )
+
+
+def draw(scene: Scene, frames: int = 17, size: int = 64) -> np.ndarray:
+    """Return the clip as uint8 [frames size size 3], drawn at four times the size and averaged down."""
+    return np.stack([_draw_frame(scene, i / max(frames - 1, 1), size) for i in range(frames)])
+
+
+def _draw_frame(scene: Scene, time: float, size: int, oversampling: int = 4) -> np.ndarray:
+    side = size * oversampling
+    axis = (np.arange(side) + 0.5) / side * 2 - 1
+    x, y = np.meshgrid(axis, axis)
+    shift_x, shift_y, turn, scale = MOTIONS[scene.motion](time)
+    radius = 2 * scene.radius * scale
+    room = max(1 - radius, 0)
+    # What moves along one axis has a fixed place on the other.
+    moves_sideways = MOTIONS[scene.motion](0)[0] != 0
+    place_x, place_y = (0, scene.place) if moves_sideways else (scene.place, 0)
+    x, y = (x - room * (shift_x + place_x)) / radius, (y - room * (shift_y + place_y)) / radius
+    x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    picture = np.empty((side, side, 3), np.float32)
+    picture[:] = BACKGROUNDS[scene.background]
+    inside = SHAPES[scene.shape](x, y)
+    picture[inside] = COLORS[scene.color]
+    if scene.striped:
+        picture[inside & (np.floor(x * 3.5 + 0.5) % 2 == 0)] = BACKGROUNDS[
+            "black" if scene.background == "white" else "white"
+        ]
+    picture = picture.reshape(size, oversampling, size, oversampling, 3).mean((1, 3))
+    return np.round(picture).astype(np.uint8)
+
+
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Five points: a radius that falls in straight lines from 1 at a tip to 0.45 between two."""
+    sector = 2 * np.pi / 5
+    angle = abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
+    tip, notch = np.array([1.0, 0.0]), 0.45 * np.array([np.cos(sector / 2), np.sin(sector / 2)])
+    radius = np.hypot(x, y)
+    px, py = radius * np.cos(angle), radius * np.sin(angle)
+    return (notch[0] - tip[0]) * (py - tip[1]) - (notch[1] - tip[1]) * (px - tip[0]) > 0
