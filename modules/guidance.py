@@ -25,9 +25,8 @@ def cfg_steps(steps: int, mode: str = "none", ratio: float | None = None) -> lis
     if mode == "alternate":
         applied, due = [], 0.0
         for _ in range(steps):
-            due += (
-                ratio  # a plain float64 sum: its rounding decides some steps, and files made before must come out again
-            )
+            # A plain float64 sum: its rounding decides some steps, and files made before must come out again.
+            due += ratio
             applied.append(due >= 1.0)
             due -= 1.0 if due >= 1.0 else 0.0
         return applied
