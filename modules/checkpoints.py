@@ -1,0 +1,183 @@
+"""LoRA files of a training run: names, metadata, precision, and which of them are kept."""
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from networks.formats import with_hashes
+from utils.devices import parse_dtype
+from utils.errors import UserError
+from utils.options import option
+from utils.safetensors_io import save_file_atomically
+
+logger = logging.getLogger(__name__)
+
+# What a file says of itself with --no_metadata: enough to load it.
+_MINIMUM = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """saving"""
+
+    output_dir: Path | None = option(None, "folder for LoRA files")
+    output_name: str | None = option(None, "their name, without a suffix")
+    save_every_n_epochs: int | None = option(None, "save after every N epochs, as NAME-000001.safetensors")
+    save_every_n_steps: int | None = option(None, "save after every N steps, as NAME-step00000001.safetensors")
+    save_last_n_epochs: int | None = option(None, "of the files saved by epoch, keep only the last N")
+    save_last_n_steps: int | None = option(None, "of the files saved by step, keep only those of the last N steps")
+    save_precision: str = option("float", "number format of LoRA files", choices=("float", "fp32", "fp16", "bf16"))
+
+
+@dataclass(frozen=True)
+class MetadataOptions:
+    """what LoRA files say of themselves"""
+
+    no_metadata: bool = option(False, "leave out how the file was trained")
+    training_comment: str | None = option(None, "a comment")
+    metadata_title: str | None = option(None, "title (default: the output name)")
+    metadata_author: str | None = option(None, "author")
+    metadata_description: str | None = option(None, "description")
+    metadata_license: str | None = option(None, "license")
+    metadata_tags: str | None = option(None, "tags, separated by commas")
+    metadata_reso: str | None = option(None, "resolution it is meant for, W,H or N (default: 1280,720)")
+    metadata_arch: str | None = option(None, "architecture (default: wan2.1, or wan2.2 for the A14B tasks)")
+
+
+def check_saving(saving: SavingOptions, metadata: MetadataOptions) -> None:
+    """Raise UserError when the LoRA could not be saved; warn about a file that will be replaced."""
+    if saving.output_dir is None:
+        raise UserError("--output_dir is missing", "name the folder for LoRA files: --output_dir PATH")
+    if not saving.output_name:
+        raise UserError("--output_name is missing", "name the LoRA: --output_name TEXT")
+    if Path(saving.output_name).name != saving.output_name:
+        raise UserError(f"--output_name {saving.output_name}: is a path", "put the folder into --output_dir")
+    for name in ("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps"):
+        value = getattr(saving, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    _resolution(metadata.metadata_reso)
+    try:
+        saving.output_dir.mkdir(parents=True, exist_ok=True)
+        probe = saving.output_dir / f".write_test_{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {saving.output_dir}: cannot be written to ({error.strerror})") from None
+    own = [path.name for path in saving.output_dir.glob("*.safetensors") if _is_of(saving.output_name, path.stem)]
+    if own:
+        logger.warning(
+            "%s holds files of this name already (%s); those of equal names are going to be replaced",
+            saving.output_dir,
+            ", ".join(sorted(own)[:3]) + (", ..." if len(own) > 3 else ""),
+        )
+
+
+def _is_of(name: str, stem: str) -> bool:
+    """Tell whether a file's stem is one that a run called `name` writes."""
+    rest = stem.removeprefix(name)
+    return stem.startswith(name) and (not rest or rest.removeprefix("-step").removeprefix("-").isdecimal())
+
+
+@dataclass
+class Checkpoints:
+    """Writes the LoRA files of a run and deletes those that `save_last_n_*` gives up."""
+
+    options: SavingOptions
+    metadata: Mapping[str, str]  # without what changes from file to file
+    no_metadata: bool = False
+    _written: set[Path] = field(default_factory=set)  # only what this run wrote is ever deleted
+
+    def save_step(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
+        """Save after an optimizer step; epoch: how many are complete."""
+        every, last = self.options.save_every_n_steps, self.options.save_last_n_steps
+        self._save(tensors, f"-step{step:08d}", step, epoch)
+        if last is not None:
+            outdated = (step - last - 1) // every * every
+            self._delete(f"-step{outdated:08d}")
+
+    def save_epoch(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
+        """Save after an epoch; epoch: its number, from 1."""
+        every, last = self.options.save_every_n_epochs, self.options.save_last_n_epochs
+        self._save(tensors, f"-{epoch:06d}", step, epoch)
+        if last is not None:
+            self._delete(f"-{epoch - every * last:06d}")
+
+    def save_final(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> Path:
+        """Save at the end and return the file."""
+        return self._save(tensors, "", step, epoch)
+
+    def _path(self, ending: str) -> Path:
+        return self.options.output_dir / f"{self.options.output_name}{ending}.safetensors"
+
+    def _save(self, tensors: Mapping[str, Tensor], ending: str, step: int, epoch: int) -> Path:
+        path, dtype = self._path(ending), parse_dtype(self.options.save_precision)
+        stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+        now = time.time()
+        metadata = {**self.metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(now)}
+        metadata["modelspec.date"] = datetime.fromtimestamp(now).isoformat(timespec="seconds")
+        if self.no_metadata:
+            metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_") or key in _MINIMUM}
+        save_file_atomically(stored, path, with_hashes(stored, metadata))
+        self._written.add(path)
+        logger.info("saved %s", path)
+        return path
+
+    def _delete(self, ending: str) -> None:
+        path = self._path(ending)
+        if path in self._written:
+            path.unlink(missing_ok=True)
+            self._written.remove(path)
+            logger.info("deleted %s", path)
+
+
+def model_metadata(
+    options: MetadataOptions, name: str, family: str, timestep_range: tuple[int | None, int | None]
+) -> dict[str, str]:
+    """Return the modelspec.* entries; family: "wan2.1"; timestep_range: the bounds of training, where there are any."""
+    low, high = timestep_range
+    entries = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{options.metadata_arch or family}/lora",
+        "implementation": "https://github.com/Wan-Video/Wan2.1",
+        "title": options.metadata_title or name,
+        "resolution": _resolution(options.metadata_reso),
+        "author": options.metadata_author,
+        "description": options.metadata_description,
+        "license": options.metadata_license,
+        "tags": options.metadata_tags,
+    }
+    if low is not None or high is not None:
+        entries["timestep_range"] = f"{low or 0},{1000 if high is None else high}"
+    return {f"modelspec.{key}": text for key, text in entries.items() if text is not None}
+
+
+def training_metadata(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return ss_* entries of named values: structures as JSON, all else as Python writes it."""
+    return {f"ss_{name}": _text(value) for name, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def _resolution(text: str | None) -> str:
+    """Return "1024,768" as "1024x768" and "960" as "960x960"."""
+    parts = (text or "1280,720").split(",")
+    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"--metadata_reso {text}: not a resolution", "write W,H or N, such as 832,480")
+    numbers = [int(part) for part in parts]
+    return f"{numbers[0]}x{numbers[-1]}"
+
+
+def new_session() -> dict[str, Any]:
+    """Return what tells this run from others. Not drawn from the run's seed: two equal runs are two sessions."""
+    return {"session_id": secrets.randbelow(2**32), "training_started_at": time.time()}

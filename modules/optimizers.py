@@ -1,0 +1,200 @@
+"""Optimizer and learning-rate schedule by name."""
+
+import ast
+import importlib
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from utils.errors import UserError
+from utils.options import option, suggest
+
+logger = logging.getLogger(__name__)
+
+_NAMES = {"adamw": "torch.optim.AdamW", "adamw8bit": "bitsandbytes.optim.AdamW8bit"}
+# Optimizers with these words in their name take control of the learning rate or of the training loop.
+_UNSUPPORTED = ("schedulefree", "adafactor")
+
+
+def _steps_or_share(text: str) -> int | float:
+    """Return "500" as 500 steps, "0.1" and "10%" as a tenth of all steps."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError(f"'{text}' is neither a number of steps nor a share such as 0.1 or 10%") from None
+    return int(value) if value == 0 or (value >= 1 and value.is_integer()) else value
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """optimizer and learning rate"""
+
+    optimizer_type: str = option(
+        "AdamW", "AdamW, AdamW8bit (bitsandbytes), a class of torch.optim, or any class by its dotted path"
+    )
+    optimizer_args: tuple[str, ...] = option(
+        (), "arguments of the optimizer, key=value with Python literals: weight_decay=0.01 betas=0.9,0.99"
+    )
+    learning_rate: float = option(2e-6, "learning rate; 1e-4 to 2e-4 is usual for a LoRA")
+    max_grad_norm: float = option(1.0, "gradients with a greater norm are scaled down to it; 0: never")
+    lr_scheduler: str = option(
+        "constant",
+        "course of the learning rate",
+        choices=(
+            "constant",
+            "constant_with_warmup",
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+            "inverse_sqrt",
+            "cosine_with_min_lr",
+            "warmup_stable_decay",
+        ),
+    )
+    lr_warmup_steps: float = option(
+        0, "optimizer steps over which the rate rises from 0, or their share: 500, 0.1, 10%", parse=_steps_or_share
+    )
+    lr_decay_steps: float = option(
+        0, "warmup_stable_decay: steps over which the rate falls at the end, or their share", parse=_steps_or_share
+    )
+    lr_scheduler_num_cycles: int = option(1, "cosine_with_restarts: number of cycles")
+    lr_scheduler_power: float = option(1, "polynomial: power")
+    lr_scheduler_timescale: int | None = option(None, "inverse_sqrt: timescale (default: the warm-up's steps)")
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, "cosine_with_min_lr, warmup_stable_decay: lowest rate as a share of --learning_rate"
+    )
+
+
+def check_optimizer(options: OptimizerOptions, device: torch.device) -> None:
+    """Raise UserError for an optimizer or schedule that cannot be built, or that fails to step on the device."""
+    if options.learning_rate < 0:
+        raise UserError(f"--learning_rate {options.learning_rate:g}: must not be negative")
+    if options.max_grad_norm < 0:
+        raise UserError(f"--max_grad_norm {options.max_grad_norm:g}: must not be negative", "0 switches clipping off")
+    # As large as the smallest tensor that the 8-bit optimizers treat as such.
+    weight = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+    optimizer, _ = make_optimizer(options, [{"params": [weight], "lr": options.learning_rate}])
+    make_schedule(options, optimizer, total_steps=100)
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise UserError(
+            f"--optimizer_type {options.optimizer_type}: cannot run on {device} ({_first_line(error)})",
+            "use --optimizer_type AdamW",
+        ) from error
+
+
+def make_optimizer(options: OptimizerOptions, groups: Sequence[dict[str, Any]]) -> tuple[Optimizer, str]:
+    """Return the optimizer of the parameter groups, and its description for metadata: "module.Class(args)"."""
+    kind = _optimizer_class(options.optimizer_type)
+    arguments = parse_arguments(options.optimizer_args, "--optimizer_args")
+    known = inspect.signature(kind.__init__).parameters
+    takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    for name in arguments:
+        if name not in known and not takes_any:
+            raise UserError(
+                f"--optimizer_args {name}: {kind.__name__} has no such argument",
+                suggest(name, known) or f"it has {', '.join(list(known)[2:])}",
+            )
+    try:
+        optimizer = kind([dict(group) for group in groups], lr=options.learning_rate, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--optimizer_type {options.optimizer_type}: {kind.__name__} refuses its arguments ({_first_line(error)})",
+            "check --optimizer_args and --learning_rate",
+        ) from error
+    described = ",".join(f"{name}={value}" for name, value in arguments.items())
+    name = f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
+    return optimizer, name
+
+
+def make_schedule(options: OptimizerOptions, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Return the schedule of the learning rate over `total_steps` optimizer steps."""
+    warmup, decay = (_steps(steps, total_steps) for steps in (options.lr_warmup_steps, options.lr_decay_steps))
+    if options.lr_scheduler == "constant":
+        if warmup:
+            raise UserError(
+                f"--lr_warmup_steps {options.lr_warmup_steps}: --lr_scheduler constant has no warm-up",
+                "use --lr_scheduler constant_with_warmup",
+            )
+        return LambdaLR(optimizer, lambda step: 1.0)
+    floor = options.lr_scheduler_min_lr_ratio
+    if options.lr_scheduler == "cosine_with_min_lr" and floor is None:
+        raise UserError("--lr_scheduler cosine_with_min_lr: needs the lowest rate", "add --lr_scheduler_min_lr_ratio X")
+    if warmup + decay > total_steps:
+        raise UserError(
+            f"--lr_warmup_steps and --lr_decay_steps: together {warmup + decay} of {total_steps} steps", "use fewer"
+        )
+    specific: dict[str, dict[str, Any]] = {
+        "cosine_with_restarts": {"num_cycles": options.lr_scheduler_num_cycles},
+        "polynomial": {"power": options.lr_scheduler_power},
+        "inverse_sqrt": {"timescale": options.lr_scheduler_timescale},
+        "cosine_with_min_lr": {"num_cycles": options.lr_scheduler_num_cycles / 2, "min_lr_rate": floor},
+        "warmup_stable_decay": {"num_decay_steps": decay, "min_lr_ratio": floor or 0.0},
+    }
+    # Heavy, and needed by these schedules alone.
+    from transformers.optimization import get_scheduler
+
+    return get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=specific.get(options.lr_scheduler, {}),
+    )
+
+
+def parse_arguments(items: Sequence[str], option_name: str) -> dict[str, Any]:
+    """Return `key=value` items with the values read as Python literals; only the first "=" separates."""
+    arguments = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or not name.strip().isidentifier():
+            raise UserError(
+                f"{option_name} {item}: not of the form key=value", f"write {option_name} weight_decay=0.01"
+            )
+        try:
+            arguments[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise UserError(
+                f"{option_name} {item}: the value is no Python literal", "numbers go bare, words into inner quotes"
+            ) from None
+    return arguments
+
+
+def _steps(steps: float, total: int) -> int:
+    return steps if isinstance(steps, int) else round(steps * total)
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    path = _NAMES.get(name.lower(), name)
+    if any(word in path.lower() for word in _UNSUPPORTED):
+        raise UserError(f"--optimizer_type {name}: is not available yet", "use AdamW or AdamW8bit")
+    module_name, _, class_name = path.rpartition(".")
+    module_name = module_name or "torch.optim"
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, OSError, RuntimeError) as error:
+        package = module_name.split(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        why = f"{package} is not installed" if missing else f"{module_name} cannot be imported ({_first_line(error)})"
+        raise UserError(f"--optimizer_type {name}: {why}", f"pip install {package}, or use AdamW") from None
+    except AttributeError:
+        known = [*_NAMES, *(word for word in dir(torch.optim) if word[0].isupper())]
+        fix = suggest(name, known) or "AdamW, AdamW8bit, a class of torch.optim, or a dotted path"
+        raise UserError(f"--optimizer_type {name}: unknown optimizer", fix) from None
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise UserError(f"--optimizer_type {name}: {path} is no optimizer class", "use AdamW or AdamW8bit")
+    return kind
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,121 @@
+"""Optimizers and schedules by name."""
+
+import pytest
+import torch
+
+from modules.optimizers import OptimizerOptions, check_optimizer, make_optimizer, make_schedule, parse_arguments
+from utils.errors import UserError
+from utils.options import parse_options
+
+CPU = torch.device("cpu")
+
+
+def _groups(size=4):
+    return [{"params": [torch.nn.Parameter(torch.ones(size, size))], "lr": 0.1, "name": "unet"}]
+
+
+def _options(*argv):
+    return parse_options("doc", OptimizerOptions, argv=list(argv))[0]
+
+
+def test_adamw_is_the_default_and_takes_python_literals():
+    optimizer, name = make_optimizer(_options("--optimizer_args", "weight_decay=0.5", "betas=0.8,0.99"), _groups())
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.99) and optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert name == "torch.optim.adamw.AdamW(weight_decay=0.5,betas=(0.8, 0.99))"
+    assert make_optimizer(_options(), _groups())[1] == "torch.optim.adamw.AdamW"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("AdamW", "AdamW"), ("ADAMW", "AdamW"), ("SGD", "SGD"), ("torch.optim.Adam", "Adam"), ("adamw8bit", "AdamW8bit")],
+)
+def test_names_find_their_class_whose_step_lowers_a_loss(name, kind):
+    if kind == "AdamW8bit":
+        pytest.importorskip("bitsandbytes")
+    groups = _groups(64)
+    optimizer, _ = make_optimizer(_options("--optimizer_type", name, "--learning_rate", "0.1"), groups)
+    assert type(optimizer).__name__ == kind and optimizer.param_groups[0]["name"] == "unet"
+    weight = groups[0]["params"][0]
+    weight.square().sum().backward()
+    optimizer.step()
+    assert weight.square().sum() < 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--optimizer_type", "AdamWW"], "--optimizer_type AdamWW: unknown optimizer. Did you mean 'AdamW'?"),
+        (
+            ["--optimizer_type", "prodigyopt.Prodigy"],
+            "--optimizer_type prodigyopt.Prodigy: prodigyopt is not installed.",
+        ),
+        (["--optimizer_type", "torch.nn.Linear"], "--optimizer_type torch.nn.Linear: torch.nn.Linear is no optimizer"),
+        (["--optimizer_type", "Adafactor"], "--optimizer_type Adafactor: is not available yet."),
+        (
+            ["--optimizer_args", "weight_decoy=1"],
+            "--optimizer_args weight_decoy: AdamW has no such argument. Did you mean",
+        ),
+        (["--optimizer_args", "weight_decay"], "--optimizer_args weight_decay: not of the form key=value."),
+        (["--optimizer_args", "fused=yes"], "--optimizer_args fused=yes: the value is no Python literal."),
+        (["--optimizer_args", "eps=-1.0"], "--optimizer_type AdamW: AdamW refuses its arguments (Invalid epsilon"),
+        (["--lr_warmup_steps", "5"], "--lr_warmup_steps 5: --lr_scheduler constant has no warm-up. Use --lr_scheduler"),
+        (["--lr_warmup_steps", "some"], "--lr_warmup_steps: 'some' is neither a number of steps nor a share"),
+        (["--learning_rate", "-1"], "--learning_rate -1: must not be negative."),
+        (["--lr_scheduler", "cosine_with_min_lr"], "--lr_scheduler cosine_with_min_lr: needs the lowest rate."),
+    ],
+)
+def test_wrong_settings_end_in_one_line(argv, line):
+    with pytest.raises(UserError) as error:
+        check_optimizer(_options(*argv), CPU)
+    assert str(error.value).startswith(line)
+
+
+def test_an_optimizer_that_cannot_step_on_the_device_is_refused():
+    options = _options("--optimizer_type", "tests.test_modules_optimizers.Broken")
+    with pytest.raises(UserError, match=r"Broken: cannot run on cpu \(no kernel\). Use --optimizer_type AdamW"):
+        check_optimizer(options, CPU)
+
+
+class Broken(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("no kernel\nand more")
+
+
+# Multiples of the learning rate over ten steps, as musubi-tuner was seen to give them.
+@pytest.mark.parametrize(
+    ("argv", "want"),
+    [
+        ([], [1.0] * 11),
+        (["constant_with_warmup", "--lr_warmup_steps", "2"], [0, 0.5, 1, 1]),
+        (["constant_with_warmup", "--lr_warmup_steps", "20%"], [0, 0.5, 1, 1]),
+        (["linear", "--lr_warmup_steps", "0.2"], [0, 0.5, 1, 0.875]),
+        (["cosine", "--lr_warmup_steps", "2"], [0, 0.5, 1, 0.9619, 0.8536]),
+        (
+            [
+                "warmup_stable_decay",
+                "--lr_warmup_steps",
+                "2",
+                "--lr_decay_steps",
+                "3",
+                "--lr_scheduler_min_lr_ratio",
+                "0.1",
+            ],
+            [0.1, 0.55, 1, 1, 1, 1, 1, 1, 0.775, 0.325, 0.1],
+        ),
+    ],
+)
+def test_schedules_take_the_known_course(argv, want):
+    options = _options("--learning_rate", "0.1", *(["--lr_scheduler", *argv] if argv else []))
+    optimizer, _ = make_optimizer(options, _groups())
+    schedule = make_schedule(options, optimizer, total_steps=10)
+    got = []
+    for _ in want:
+        got.append(optimizer.param_groups[0]["lr"] / 0.1)
+        optimizer.step()
+        schedule.step()
+    assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_only_the_first_equal_sign_separates():
+    assert parse_arguments(["a='x=y'", "b=None"], "--optimizer_args") == {"a": "x=y", "b": None}
