@@ -1,0 +1,1 @@
+"""Speed and memory against diffusers on the same weights and inputs: one file a table, measured, never asserted."""

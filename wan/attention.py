@@ -1,0 +1,104 @@
+"""One attention() over several kernels; the optional libraries are imported here and nowhere else."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mode: str = "torch", split: bool = False) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v for each head: [B L H D], in the dtype of q.
+
+    q [B L H D]; k, v [B S H D]. split: one sample of the batch after the other, for the smaller peak in memory.
+    """
+    if split and len(q) > 1:
+        rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        return torch.cat([attention(*row, mode=mode) for row in rows])
+    backend = ATTENTION_MODES[mode]
+    if backend.half_only and q.dtype not in (torch.float16, torch.bfloat16):
+        return backend.run(q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
+    return backend.run(q, k, v)
+
+
+def check_attention(mode: str, option: str) -> None:
+    """Raise UserError when the library behind an attention mode cannot be imported."""
+    backend = ATTENTION_MODES[mode]
+    if not backend.module:
+        return
+    try:
+        importlib.import_module(backend.module)
+    except ModuleNotFoundError as error:
+        package = backend.module.split(".")[0]
+        if error.name and error.name.split(".")[0] != package:
+            raise UserError(f"{option}: {package} needs {error.name}, which is not installed", backend.fix) from None
+        raise UserError(f"{option}: {package} is not installed", backend.fix) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{option}: {backend.module} is installed but does not load ({why})",
+            f"it may have been built for another torch than {torch.__version__}; {backend.fix}",
+        ) from None
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ops = importlib.import_module("xformers.ops")
+    return ops.memory_efficient_attention(q, k, v)
+
+
+def _sageattn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        # The kernel has no backward and would cut the gradient off without a word.
+        raise UserError("sageattn cannot be trained through", "train with sdpa, xformers, flash2 or flash3")
+    # Through the entry for ragged batches: the other one has given NaN on image-to-video input.
+    sage = importlib.import_module("sageattention")
+    starts = [
+        torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1]  # where each sample begins
+        for x in (q, k)
+    ]
+    out = sage.sageattn_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *starts, q.shape[1], k.shape[1])
+    return out.view_as(q)
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return importlib.import_module("flash_attn").flash_attn_func(q, k, v)
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = importlib.import_module("flash_attn_interface").flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp too
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel, the module it needs and how to get that, and whether it computes in 16-bit formats alone."""
+
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    module: str = ""
+    fix: str = ""
+    half_only: bool = False
+
+
+_TORCH = Backend(_torch)
+_FLASH2 = Backend(_flash2, "flash_attn", "install it: pip install flash-attn --no-build-isolation", half_only=True)
+_FLASH3 = "git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper"
+ATTENTION_MODES: dict[str, Backend] = {
+    "torch": _TORCH,
+    "sdpa": _TORCH,
+    "xformers": Backend(_xformers, "xformers.ops", "install it: pip install xformers"),
+    "sageattn": Backend(_sageattn, "sageattention", "install it: pip install sageattention", half_only=True),
+    "flash": _FLASH2,
+    "flash2": _FLASH2,
+    "flash3": Backend(
+        _flash3, "flash_attn_interface", f'install it: pip install --no-build-isolation "{_FLASH3}"', half_only=True
+    ),
+}

@@ -1,0 +1,365 @@
+"""DiT weight file > model ready to run: which model it is, key names, dtype, fp8, weight deltas, device."""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.devices import FLOAT8 as FLOAT8_KINDS
+from utils.devices import dtype_name
+from utils.errors import UserError
+from utils.options import option
+from utils.safetensors_io import open_tensors
+from wan.configs import TASKS, WanConfig
+from wan.fp8 import FLOAT8, cast_weight, is_quantized, quantized_tensors, use_float8_linears
+from wan.model import WanModel, WanShape
+from wan.weights import InMemory, Weights, check_names, wrong_kind
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "model.diffusion_model."  # put before every name by some repackaged files
+HEAD_DIM = 128  # of all published models
+# Tensors whose shapes are the model's sizes, and how many dimensions they have.
+SIZED = {
+    "patch_embedding.weight": 5,
+    "blocks.0.ffn.0.weight": 2,
+    "head.head.weight": 2,
+    "text_embedding.0.weight": 2,
+    "time_embedding.0.weight": 2,
+}
+Deltas = Mapping[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class DitOptions:
+    """the DiT"""
+
+    task: str = option("t2v-14B", "which model the weights are, and its defaults", choices=TASKS)
+    dit: Path | None = option(None, "the DiT's weights (.safetensors; of several parts, any one)")
+
+
+def load_dit(
+    path: Path | str | None,
+    config: WanConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    deltas: Deltas | None = None,
+    attn_mode: str = "torch",
+    split_attn: bool = False,
+    fp8: bool = False,
+    fp8_scaled: bool = False,
+    option: str = "--dit",
+) -> WanModel:
+    """Return the DiT of a file, frozen, on the device, with linear layers that compute in `dtype`.
+
+    deltas: by a weight's official name, what is added to it, as a function, so that only one is in memory at a time;
+    added in float32 before the weight is cast or quantised. fp8: hold the blocks' linear weights as float8;
+    fp8_scaled: with a scale for each 64 inputs. Peak memory is the model and one tensor.
+    """
+    with open_tensors(path, option, "the DiT's weights") as file:
+        tensors = DitTensors(file, f"{option} {path}")
+        shape = _check(tensors, config)
+        _check_fp8(tensors, fp8, fp8_scaled)
+        model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled)
+    model.attn_mode, model.split_attn = attn_mode, split_attn
+    return model
+
+
+def build_dit(
+    state_dict: Mapping[str, Tensor], heads: int | None = None, dtype: torch.dtype = torch.float32
+) -> WanModel:
+    """Return the DiT with the given weights, frozen, on the CPU; heads: one for each 128 channels unless given."""
+    tensors = DitTensors(InMemory(state_dict))
+    shape = dit_shape(tensors, heads)
+    _check_names(tensors, shape)
+    return _assemble(tensors, shape, dtype, "cpu", {})
+
+
+def check_dit(path: Path | str | None, config: WanConfig, option: str = "--dit") -> WanShape:
+    """Return the sizes of a file's DiT, from its header alone, or raise UserError if the task cannot run it."""
+    with open_tensors(path, option, "the DiT's weights") as file:
+        return _check(DitTensors(file, f"{option} {path}"), config)
+
+
+def check_fp8(path: Path | str | None, fp8: bool, fp8_scaled: bool, option: str = "--dit") -> None:
+    """Raise UserError if the fp8 options do not go with each other or with the dtype of the file."""
+    with open_tensors(path, option, "the DiT's weights") as file:
+        _check_fp8(DitTensors(file, f"{option} {path}"), fp8, fp8_scaled)
+
+
+def dit_dtype(path: Path | str | None, option: str = "--dit") -> torch.dtype:
+    """Return the dtype of the linear weights in a DiT's file, wherever among its parts they are."""
+    with open_tensors(path, option, "the DiT's weights") as file:
+        return DitTensors(file, f"{option} {path}").linear_dtype()
+
+
+class DitTensors:
+    """The tensors of a DiT by their official names, which have no prefix; `where` begins every complaint."""
+
+    def __init__(self, source: Weights, where: str = "weights"):
+        self.where = where
+        self.metadata = source.metadata
+        self._source = source
+        self._keys = {key.removeprefix(PREFIX): key for key in list(source.keys())}
+
+    def keys(self) -> Iterable[str]:
+        return self._keys.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._keys
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._keys[name])
+
+    def get(self, name: str) -> Tensor:
+        """Return one tensor, maybe a view of the file."""
+        return self._source.get(self._keys[name])
+
+    def linear_dtype(self) -> torch.dtype:
+        """Return the dtype of the blocks' linear weights."""
+        name = "blocks.0.cross_attn.k.weight"
+        if name not in self:
+            raise wrong_kind(self.where, self, "a Wan DiT", "give the DiT's weights")
+        return self.get(name).dtype
+
+
+def dit_shape(source: Weights | Mapping[str, Tensor], heads: int | None = None, where: str = "weights") -> WanShape:
+    """Return the sizes that the shapes of the weights imply; heads: from the metadata, else one for 128 channels."""
+    tensors = DitTensors(InMemory(source) if isinstance(source, Mapping) else source, where)
+    if lacking := [name for name, ndim in SIZED.items() if name not in tensors or len(tensors.shape(name)) != ndim]:
+        raise wrong_kind(where, tensors, "a Wan DiT", f"give the DiT's weights; there is no {lacking[0]} here")
+    dim, in_channels, *patch = tensors.shape("patch_embedding.weight")
+    heads = heads or _heads(tensors.metadata, dim, where)
+    if dim % (2 * heads):
+        raise UserError(f"{where}: {heads} heads do not divide {dim} channels into pairs")
+    image = "img_emb.proj.1.weight" in tensors
+    return WanShape(
+        dim=dim,
+        ffn_dim=tensors.shape("blocks.0.ffn.0.weight")[0],
+        heads=heads,
+        blocks=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        in_channels=in_channels,
+        out_channels=tensors.shape("head.head.weight")[0] // math.prod(patch),
+        text_dim=tensors.shape("text_embedding.0.weight")[1],
+        freq_dim=tensors.shape("time_embedding.0.weight")[1],
+        patch=tuple(patch),
+        clip_dim=tensors.shape("img_emb.proj.1.weight")[1] if image else None,
+        image_tokens=tensors.shape("img_emb.emb_pos")[1] if "img_emb.emb_pos" in tensors else None,
+    )
+
+
+def _heads(metadata: Mapping[str, str], dim: int, where: str) -> int:
+    """Return the number of heads, the one size that no weight shows."""
+    given = metadata.get("num_heads")
+    if given is None:
+        return max(dim // HEAD_DIM, 1)
+    if not given.isdecimal() or int(given) == 0:
+        raise UserError(f"{where}: the metadata say num_heads = '{given}'", "it must be a positive number")
+    return int(given)
+
+
+# (input channels, looks at CLIP features, of pairs of pictures) of what the tasks can run.
+KINDS = {
+    (16, False, False): "t2v",
+    (36, True, False): "i2v",
+    (36, True, True): "flf2v",
+    (48, True, False): "fun-control",
+    (36, False, False): "i2v without clip",
+}
+KIND_NAMES = {
+    "t2v": "a text-to-video model (16 input channels)",
+    "i2v": "an image-to-video model (36 input channels, image branch)",
+    "flf2v": "a first-and-last-frame model (36 input channels, image branch for two pictures)",
+    "fun-control": "a Fun-Control model (48 input channels, image branch)",
+    "i2v without clip": "an image-to-video model of Wan2.2 (36 input channels, no image branch)",
+}
+
+
+def dit_kind(shape: WanShape) -> str | None:
+    """Return which kind of DiT has such a shape, "t2v", "i2v", ...; None for one that no task can run."""
+    if shape.out_channels != 16:
+        return None
+    return KINDS.get((shape.in_channels, shape.clip_dim is not None, shape.image_tokens is not None))
+
+
+def task_kind(config: WanConfig) -> str:
+    """Return the kind of DiT that a task runs."""
+    return KINDS[config.in_channels, config.clip, config.clip and len(config.images) == 2]
+
+
+def _check(tensors: DitTensors, config: WanConfig) -> WanShape:
+    """Return the shape of a DiT that is whole and of the task's kind; log it where its sizes are not the task's."""
+    _refuse_others(tensors)
+    shape = dit_shape(tensors, where=tensors.where)
+    _check_names(tensors, shape)
+    kind = dit_kind(shape)
+    if kind is None and shape.out_channels == 48:
+        raise UserError(f"{tensors.where}: is ti2v-5B of Wan2.2, which is not supported", "use a model of --task")
+    if kind is None:
+        branch = "with" if shape.clip_dim else "without"
+        raise UserError(
+            f"{tensors.where}: no task has a model of {shape.in_channels} input channels and "
+            f"{shape.out_channels} output channels {branch} an image branch",
+            "use one of the models that docs/wan.md lists",
+        )
+    if kind != task_kind(config):
+        tasks = _tasks_of(kind, _sizes(shape)) or _tasks_of(kind)
+        raise UserError(
+            f"{tensors.where}: is {KIND_NAMES[kind]}, but --task is {config.name}",
+            f"use --task {' or '.join(tasks)}, or the weights for {config.name}",
+        )
+    _log_other_sizes(tensors.where, shape, config)
+    return shape
+
+
+def _sizes(model: WanShape | WanConfig) -> tuple[int, int, int, int]:
+    return model.dim, model.ffn_dim, model.heads, model.blocks
+
+
+def _tasks_of(kind: str, sizes: tuple[int, int, int, int] | None = None) -> list[str]:
+    """Return the tasks that run a kind of DiT, all or those whose published sizes are the given ones."""
+    return [
+        name for name, task in TASKS.items() if task_kind(task) == kind and (sizes is None or _sizes(task) == sizes)
+    ]
+
+
+def _log_other_sizes(where: str, shape: WanShape, config: WanConfig) -> None:
+    """Say so when a file's sizes are not those of the task; they come from the file and are used all the same."""
+    if _sizes(shape) == _sizes(config):
+        return
+    if tasks := _tasks_of(task_kind(config), _sizes(shape)):
+        logger.warning("%s: has the size of %s, --task is %s", where, " and ".join(tasks), config.name)
+        return
+    logger.info(
+        "%s: a model of unpublished size: %d channels, %d in the MLP, %d heads, %d blocks", where, *_sizes(shape)
+    )
+
+
+# Files that are nearly what --dit takes: (a name that gives it away, what it is, what to do instead).
+OTHERS = (
+    (
+        r"\.(lora_(down|up|A|B)|hada_w1_a|lokr_w1)\b",
+        "is a LoRA, not a DiT",
+        "give it to --lora_weight, or in training to --network_weights",
+    ),
+    (
+        r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant)$",
+        "is an fp8_scaled file, whose scales are not supported",
+        "use the bf16 or fp16 file; --fp8_scaled scales it while loading",
+    ),
+    (
+        r"^(condition_embedder|blocks\.0\.attn1)\.",
+        "is a DiT in the layout of diffusers",
+        "use the file of the official repository, or the one repackaged for ComfyUI",
+    ),
+    (r"^ref_conv\.", "is Fun-Control V1.1, which is not supported", "use the first version of Fun-Control"),
+    (r"^vace_(blocks|patch_embedding)\.", "is a VACE model, which is not supported", "use a model of --task"),
+    (r"^control_adapter\.", "is a Fun camera model, which is not supported", "use a model of --task"),
+)
+
+
+def _refuse_others(tensors: DitTensors) -> None:
+    """Raise UserError for a file that is known to be something else than a DiT in the official layout."""
+    for sign, what, fix in OTHERS:
+        if any(re.search(sign, name) for name in tensors):
+            raise UserError(f"{tensors.where}: {what}", fix)
+
+
+def _check_names(tensors: DitTensors, shape: WanShape) -> None:
+    """Raise UserError unless the tensors are exactly those of a DiT of this shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(shape).state_dict().items()}
+    found = {name: tensors.shape(name) for name in tensors}
+    if found.keys() > expected.keys():
+        more = _listed(found.keys() - expected.keys())
+        raise UserError(
+            f"{tensors.where}: a variant of Wan that is not supported, it has {more} besides the known ones"
+        )
+    check_names(tensors.where, expected, found)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return "3 tensors (a, b, ...)", naming at most three."""
+    names = sorted(names)
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
+
+
+def _check_fp8(tensors: DitTensors, fp8: bool, fp8_scaled: bool) -> None:
+    dtype = tensors.linear_dtype()
+    if fp8_scaled and not fp8:
+        raise UserError("--fp8_scaled: is a way of doing --fp8", "add --fp8, in training --fp8_base")
+    if dtype not in FLOAT8_KINDS:
+        return
+    if dtype != FLOAT8:
+        raise UserError(
+            f"{tensors.where}: holds {dtype_name(dtype)} weights, of the float8 formats only e4m3fn is supported",
+            "use the bf16, fp16 or fp8_e4m3fn file",
+        )
+    if fp8_scaled:
+        raise UserError(
+            f"{tensors.where}: holds float8 weights, which --fp8_scaled cannot make more exact",
+            "use the bf16 or fp16 file, or leave --fp8_scaled out",
+        )
+    if not fp8:
+        raise UserError(
+            f"{tensors.where}: holds float8 weights",
+            "add --fp8, in training --fp8_base, or use the bf16 or fp16 file",
+        )
+
+
+def _empty_model(shape: WanShape) -> WanModel:
+    """Return a model whose parameters have names and shapes but no data."""
+    with torch.device("meta"):
+        return WanModel(shape)
+
+
+def _assemble(
+    tensors: DitTensors,
+    shape: WanShape,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    deltas: Deltas,
+    fp8: bool = False,
+    fp8_scaled: bool = False,
+) -> WanModel:
+    """Return the model with its tensors read one by one, each changed, cast and placed before the next."""
+    if unknown := [name for name in deltas if name not in tensors]:
+        raise UserError(
+            f"{tensors.where}: a LoRA changes weights that this model lacks: {_listed(unknown)}",
+            "use a LoRA that was trained for this kind of model",
+        )
+    model = _empty_model(shape).requires_grad_(False)
+    if fp8:
+        use_float8_linears(model.blocks, fp8_scaled)
+    weights = {}
+    for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=None):
+        tensor = tensors.get(name)
+        if name in deltas:
+            tensor = _changed(name, tensor.to(device), deltas[name]().to(device), tensors.where)
+        if not (fp8 and is_quantized(name)):
+            weights[name] = tensor.to(device, dtype)
+        elif fp8_scaled:
+            weights.update(quantized_tensors(name, tensor.to(device), scale_dtype=dtype))
+        else:
+            weights[name] = tensor.to(device) if tensor.dtype == FLOAT8 else cast_weight(tensor.to(device))
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _changed(name: str, weight: Tensor, delta: Tensor, where: str) -> Tensor:
+    """Return weight + delta in float32."""
+    if delta.shape != weight.shape:
+        raise UserError(
+            f"{where}: a LoRA for weights of {tuple(delta.shape)} does not fit {name} of {tuple(weight.shape)}",
+            "use a LoRA that was trained for a model of this size",
+        )
+    return weight.float() + delta.float()

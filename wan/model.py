@@ -1,0 +1,316 @@
+"""The DiT: noisy latents, how noisy they are, and what they should show > velocity."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wan.attention import attention
+from wan.rope import rope_factors, rotate
+
+
+@dataclass(frozen=True)
+class WanShape:
+    """The sizes of a DiT, all of which can be read from its weights but for the number of heads."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    blocks: int
+    in_channels: int
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_length: int = 512
+    freq_dim: int = 256
+    patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of latents in a token
+    eps: float = 1e-6
+    clip_dim: int | None = None  # width of the CLIP features, where there is a branch for them
+    image_tokens: int | None = None  # 514 where those of two pictures have learned positions
+
+
+class WanModel(nn.Module):
+    """The DiT of Wan2.1, and those of Wan2.2 whose timestep is one number for a whole video.
+
+    Linear layers compute in `dtype`; the time path, modulation, norms, the residual stream and the head in float32,
+    whatever the dtype of their weights, and without autocast. Parameters have the names of the official files.
+    """
+
+    def __init__(self, shape: WanShape):
+        super().__init__()
+        self.shape = shape
+        self.gradient_checkpointing = False
+        self.attn_mode = "torch"
+        self.split_attn = False
+        dim = shape.dim
+        self.patch_embedding = nn.Conv3d(shape.in_channels, dim, shape.patch, stride=shape.patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(shape.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(Linear32(shape.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanAttentionBlock(shape) for _ in range(shape.blocks))
+        self.head = Head(shape)
+        if shape.clip_dim:
+            self.img_emb = ImageEmbedding(shape.clip_dim, dim, shape.image_tokens)
+        # Whole grids are kept, because most steps of a run use the same one.
+        self._rope_factors = lru_cache(maxsize=8)(rope_factors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What linear layers compute in, also where their weights are held as float8."""
+        return self.blocks[0].self_attn.q.bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Sequence[Tensor],
+        y: Tensor | None = None,
+        image_features: Tensor | None = None,
+        frame_indices: Sequence[Sequence[int]] | None = None,
+        skip_blocks: Collection[int] = (),
+    ) -> Tensor:
+        """Return the velocity [B 16 F H W] in float32.
+
+        x [B 16 F H W] noisy latents; timestep [B], 0 to 1000; text: B tensors [n<=512 text_dim], not padded.
+        y [B C F H W]: more channels to see (mask, image, control). image_features [B 257 1280] from CLIP, or
+        [2B 257 1280], each video's first and last picture one after the other; zeros where there is no picture.
+        frame_indices: for each video the temporal position of each of its F frames, instead of 0 to F-1.
+        skip_blocks: numbers of the blocks to leave out, for skip-layer guidance.
+        """
+        x = x if y is None else torch.cat([x, y.to(x)], dim=1)
+        channels = self.shape.in_channels
+        assert x.shape[1] == channels, f"{x.shape[1]} channels of latents and conditions, the model takes {channels}"
+        tokens, grid = self.patchify(x)
+        time = self.time_embedding(sinusoid(timestep.to(x.device), self.shape.freq_dim))
+        modulation = rearrange(self.time_projection(time), "b (six d) -> six b d", six=6)
+        context = self.embed_text(text), self.embed_images(image_features, len(x))
+        rope = self.rope(grid, frame_indices, x.device)
+        for number, block in enumerate(self.blocks):
+            if number in skip_blocks:
+                continue
+            arguments = (tokens, modulation, rope, *context, self.attn_mode, self.split_attn)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens = block(*arguments)
+        return self.unpatchify(self.head(tokens, time), grid)
+
+    def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """Return tokens [B L D] in (frame, row, column) order, float32, and the numbers of frames, rows, columns.
+
+        The convolution's stride is its kernel, so that it is a matrix product over patches, with the same bits.
+        """
+        frames, height, width = self.shape.patch
+        grid = (x.shape[2] // frames, x.shape[3] // height, x.shape[4] // width)
+        patches = rearrange(
+            x.float(), "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=frames, ph=height, pw=width
+        )
+        conv = self.patch_embedding
+        return F.linear(patches, conv.weight.float().flatten(1), conv.bias.float()), grid
+
+    def unpatchify(self, features: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Return the latents [B C F H W] that tokens' features [B L pf*ph*pw*C] spell out."""
+        names = dict(zip("fhw", grid, strict=True)) | dict(zip(("pf", "ph", "pw"), self.shape.patch, strict=True))
+        return rearrange(features, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", **names)
+
+    def embed_text(self, text: Sequence[Tensor]) -> Tensor:
+        """Return the tokens of B prompts [B 512 D]. The rows of zeros behind a prompt count, and are not masked."""
+        longest = max(len(rows) for rows in text)
+        length = self.shape.text_length
+        assert longest <= length, f"{longest} rows of text, the model takes {length}"
+        rows = torch.stack([F.pad(rows.to(self.device, self.dtype), (0, 0, 0, length - len(rows))) for rows in text])
+        return self.text_embedding(rows)
+
+    def embed_images(self, features: Tensor | None, batch: int) -> Tensor | None:
+        """Return the tokens of the pictures [B 257 D] or [B 514 D], or None for a model without that branch."""
+        clip_dim = self.shape.clip_dim
+        if clip_dim is None:
+            return None
+        if features is None:
+            pictures = (self.shape.image_tokens or 257) // 257
+            features = torch.zeros(batch * pictures, 257, clip_dim)
+        return self.img_emb(features.to(self.device, self.dtype))
+
+    def rope(
+        self, grid: tuple[int, int, int], frame_indices: Sequence[Sequence[int]] | None, device: torch.device
+    ) -> Tensor:
+        """Return the rotary factors of a grid [L 1 D/2H], or [B L 1 D/2H] for videos with positions of their own."""
+        frames, height, width = grid
+        head_dim = self.shape.dim // self.shape.heads
+        # What is made in inference mode could not be used by a training step later.
+        with torch.inference_mode(False):
+            if frame_indices is None:
+                return self._rope_factors(head_dim, frames, height, width, device)
+            rows = [tuple(int(index) for index in row) for row in frame_indices]
+            assert all(len(row) == frames for row in rows), f"frame indices {rows} for {frames} frames"
+            return torch.stack([self._rope_factors(head_dim, row, height, width, device) for row in rows])
+
+
+class WanAttentionBlock(nn.Module):
+    """Tokens look at each other, then at text and pictures, then each goes through an MLP."""
+
+    def __init__(self, shape: WanShape):
+        super().__init__()
+        self.eps = shape.eps
+        self.self_attn = SelfAttention(shape)
+        self.norm3 = LayerNorm32(shape.dim, shape.eps)
+        self.cross_attn = CrossAttention(shape)
+        self.ffn = nn.Sequential(
+            nn.Linear(shape.dim, shape.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn_dim, shape.dim)
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, shape.dim))
+        nn.init.normal_(self.modulation, std=shape.dim**-0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        text: Tensor,
+        images: Tensor | None,
+        attn_mode: str = "torch",
+        split_attn: bool = False,
+    ) -> Tensor:
+        """Return the residual stream after this block: [B L D], float32 like x.
+
+        modulation [6 B D], float32: shift, scale and gate of self-attention, then of the MLP. rope: see rotate().
+        text [B 512 D]; images [B 257 D], [B 514 D] or None.
+        """
+        dtype = text.dtype
+        own = rearrange(self.modulation.float(), "1 six d -> six 1 d")
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = own + modulation
+        how = attn_mode, split_attn
+        h = modulated_norm(x, shift_attn, scale_attn, self.eps).to(dtype)
+        x = gated_sum(x, self.self_attn(h, rope, *how), gate_attn)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, images, *how)
+        h = modulated_norm(x, shift_ffn, scale_ffn, self.eps).to(dtype)
+        return gated_sum(x, self.ffn(h), gate_ffn)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, shape: WanShape):
+        super().__init__()
+        self.heads = shape.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(shape.dim, shape.dim) for _ in "qkvo")
+        self.norm_q, self.norm_k = (nn.RMSNorm(shape.dim, shape.eps) for _ in "qk")
+
+    def forward(self, x: Tensor, rope: Tensor, attn_mode: str = "torch", split_attn: bool = False) -> Tensor:
+        """Let the video's tokens x [B L D] look at each other. The norms run over all heads together."""
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (rearrange(y, "b l (h d) -> b l h d", h=self.heads) for y in (q, k, v))
+        out = attention(rotate(q, rope), rotate(k, rope), v, attn_mode, split_attn)
+        return self.o(rearrange(out, "b l h d -> b l (h d)"))
+
+
+class CrossAttention(SelfAttention):
+    def __init__(self, shape: WanShape):
+        super().__init__(shape)
+        if shape.clip_dim:
+            self.k_img, self.v_img = (nn.Linear(shape.dim, shape.dim) for _ in "kv")
+            self.norm_k_img = nn.RMSNorm(shape.dim, shape.eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        images: Tensor | None = None,
+        attn_mode: str = "torch",
+        split_attn: bool = False,
+    ) -> Tensor:
+        """Let the video's tokens x [B L D] look at the text, and separately at the pictures; the sum of both."""
+
+        def heads(y: Tensor) -> Tensor:
+            return rearrange(y, "b l (h d) -> b l h d", h=self.heads)
+
+        q = heads(self.norm_q(self.q(x)))
+        out = attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), attn_mode, split_attn)
+        if images is not None:
+            k, v = self.norm_k_img(self.k_img(images)), self.v_img(images)
+            out = out + attention(q, heads(k), heads(v), attn_mode, split_attn)
+        return self.o(rearrange(out, "b l h d -> b l (h d)"))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features of one or two pictures a video > tokens of the DiT's width."""
+
+    def __init__(self, clip_dim: int, dim: int, tokens: int | None):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(clip_dim),
+            nn.Linear(clip_dim, clip_dim),
+            nn.GELU(),
+            nn.Linear(clip_dim, dim),
+            nn.LayerNorm(dim),
+        )
+        self.emb_pos = nn.Parameter(torch.zeros(1, tokens, clip_dim)) if tokens else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return [B L D] for features [B L C]; with learned positions, for pairs [2B L/2 C] of first and last."""
+        if self.emb_pos is not None:
+            features = rearrange(features, "(b pair) l c -> b (pair l) c", pair=2) + self.emb_pos
+        return self.proj(features)
+
+
+class Head(nn.Module):
+    """Tokens > the velocity of their patch."""
+
+    def __init__(self, shape: WanShape):
+        super().__init__()
+        self.eps = shape.eps
+        self.head = Linear32(shape.dim, math.prod(shape.patch) * shape.out_channels)
+        self.modulation = nn.Parameter(torch.empty(1, 2, shape.dim))
+        nn.init.normal_(self.modulation, std=shape.dim**-0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Return [B L pf*ph*pw*C], the channel fastest, float32. x [B L D]; time [B D], float32."""
+        shift, scale = rearrange(self.modulation.float(), "1 two d -> two 1 d") + time
+        return self.head(modulated_norm(x, shift, scale, self.eps))
+
+
+class Linear32(nn.Linear):
+    """A linear layer that computes in float32 whatever its weights are held in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class LayerNorm32(nn.LayerNorm):
+    """A layer norm of float32 input whatever its weights are held in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm(x) (1 + scale) + shift for x [B L D] and shift, scale [B D], in float32."""
+    width = x.shape[-1:]
+    if len(x) == 1:  # then it is the affine map that the norm's kernel has built in
+        return F.layer_norm(x, width, 1 + scale[0], shift[0], eps)
+    return torch.addcmul(shift[:, None], F.layer_norm(x, width, eps=eps), 1 + scale[:, None])
+
+
+def gated_sum(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """Return x + update * gate for x and update [B L D] and gate [B D], in float32."""
+    return torch.addcmul(x, update.float(), gate[:, None])
+
+
+def sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """Return cosines, then sines, of timestep [B] at dim/2 frequencies from 1 down to nearly 1/10000: [B dim] float32.
+
+    Computed in float64: at timestep 1000 float32 would lose three digits of the fast components.
+    """
+    half = dim // 2
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = torch.outer(timestep.double(), frequencies)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()

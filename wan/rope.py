@@ -1,0 +1,40 @@
+"""Rotary position factors in three dimensions: frame, row and column of a token's patch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+THETA = 10000.0
+
+
+def rope_factors(
+    head_dim: int, frames: int | Sequence[int], height: int, width: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the rotation of each token, e^(i angle), for tokens in (frame, row, column) order: [L 1 D/2] complex64.
+
+    frames: how many, or the temporal position of each one; height, width: of the token grid. A head's D/2 channel
+    pairs are shared out to the axes as D/2 - 2 (D//6), D//6 and D//6; each axis restarts at its highest frequency.
+    Angles in float64: in float32 that of frame 1000 would be off by 3e-5.
+    """
+    positions = range(frames) if isinstance(frames, int) else frames
+    grid = torch.meshgrid(
+        *(torch.tensor(list(axis), dtype=torch.float64) for axis in (positions, range(height), range(width))),
+        indexing="ij",
+    )
+    side = head_dim // 6
+    angles = []
+    for position, pairs in zip(grid, (head_dim // 2 - 2 * side, side, side), strict=True):
+        frequencies = THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+        angles.append(position.reshape(-1, 1, 1) * frequencies)
+    angle = torch.cat(angles, dim=-1)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+
+
+def rotate(x: Tensor, factors: Tensor) -> Tensor:
+    """Return x [B L H D] with its neighbouring channel pairs turned by factors [L 1 D/2] or [B L 1 D/2].
+
+    Computed in float32, returned in the dtype of x.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)
