@@ -1,0 +1,266 @@
+"""Training batches from cache files alone: neither media nor captions are needed."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataset.cache import latent_files, media_name, read_header, read_tensors, text_path
+from dataset.config import DatasetConfig, dataset_metadata
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One training example: its cache files, which are complete, and what is in them."""
+
+    latents: Path
+    text: Path
+    shapes: Shapes  # (name in a batch, shape) of the tensors beside the latents' file, sorted: the bucket
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors there are: latents, and maybe latents_image, latents_control, clip, f_indices."""
+        return frozenset(name for name, _ in self.shapes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step is given: examples of one shape, on the CPU until `to`."""
+
+    latents: Tensor  # [B 16 F H W]
+    text: list[Tensor]  # B times [L D], L <= 512
+    latents_image: Tensor | None = None  # [B 20 F H W]: 4 mask channels, then the image's latents
+    clip: Tensor | None = None  # [B 257 D]; [B 2 257 D] for two images
+    latents_control: Tensor | None = None  # [B 16 F H W]
+    frame_indices: Tensor | None = None  # [B F]: where in time the latent frames are (one-frame training)
+    timesteps: list[float] | None = None  # B numbers in [0, 1) to use in place of uniform random ones
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return the batch with all tensors on a device."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            return [moved(part) for part in value] if isinstance(value, list) else value
+
+        return replace(self, **{part.name: moved(getattr(self, part.name)) for part in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What there is to train on, for the log and for the metadata of trained files."""
+
+    items: int  # training examples, with repeats
+    batches: int  # per epoch
+    buckets: tuple[tuple[str, int], ...]  # ("832x480, 81 frames", examples without repeats), most frequent first
+    names: frozenset[str]  # the tensors that every example has: latents, latents_image, clip ...
+    metadata: list[dict[str, Any]] = field(default_factory=list)  # ss_datasets
+
+    def lines(self) -> list[str]:
+        """Return the summary as lines for the log."""
+        shown = [f"  {bucket}: {count}" for bucket, count in self.buckets]
+        return [f"{self.items} training items in {self.batches} batches per epoch", *shown]
+
+
+def find_cached(config: DatasetConfig) -> list[CachedItem]:
+    """Return the training examples in a dataset's cache folder, sorted by file name.
+
+    Damaged and foreign files are left out with a warning, and so is what has no text cache.
+    """
+    items, without_text = [], []
+    texts: dict[Path, bool] = {}
+    for path in latent_files(config):
+        text = text_path(config, media_name(config, path))
+        if text not in texts:
+            texts[text] = _has(text, "t5") if text.is_file() else False
+        if not texts[text]:
+            without_text.append(path)
+        elif _has(path, "latents"):
+            shapes = read_header(path).by_batch_name()
+            items.append(CachedItem(path, text, tuple(sorted(shapes.items()))))
+    if without_text:
+        logger.warning(
+            "%s: %d latent caches have no text cache and are left out, the first is %s; "
+            "run wan_cache_text_encoder_outputs.py",
+            config.where,
+            len(without_text),
+            without_text[0],
+        )
+    return items
+
+
+def _has(path: Path, name: str) -> bool:
+    try:
+        found = name in read_header(path).by_batch_name()
+    except UserError as error:
+        logger.warning("left out: %s", error)
+        return False
+    if not found:
+        logger.warning("left out: %s holds no %s", path, name)
+    return found
+
+
+class CachedDataset(Dataset):
+    """The batches of an epoch, by number. Items of one batch come from one dataset and have one shape.
+
+    The order depends on the seed and the epoch alone. Batch `i` of epoch `e` is element `e * len(self) + i`, so that
+    worker processes need not be told of a new epoch.
+    """
+
+    def __init__(self, configs: Sequence[DatasetConfig], seed: int, num_timestep_buckets: int | None = None):
+        self.configs, self.seed, self.num_timestep_buckets = list(configs), seed, num_timestep_buckets
+        self.items = [find_cached(config) for config in self.configs]
+        self.epoch = 0
+        self._planned: tuple[int, list[_PlannedBatch]] | None = None
+        for config, items in zip(self.configs, self.items, strict=True):
+            if not items:
+                logger.warning("%s: no training items in %s", config.where, config.cache_directory)
+        if not any(self.items):
+            folders = ", ".join(str(config.cache_directory) for config in self.configs)
+            raise UserError(
+                f"there is nothing to train on in {folders}",
+                "run wan_cache_latents.py and wan_cache_text_encoder_outputs.py with this dataset file first",
+            )
+        self._length = len(self._plan(0))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that a sampler goes through next; 0 is the first."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, number = divmod(index, len(self))
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self._plan(epoch)
+        items, timesteps = self._planned[1][number]
+        return load_batch(items, timesteps)
+
+    def summary(self) -> DatasetSummary:
+        """Return what there is to train on."""
+        every = [item for items in self.items for item in items]
+        repeats = zip(self.configs, self.items, strict=True)
+        return DatasetSummary(
+            items=sum(config.num_repeats * len(items) for config, items in repeats),
+            batches=len(self),
+            buckets=tuple(Counter(map(_bucket_words, every)).most_common()),
+            names=frozenset.intersection(*(item.names for item in every)),
+            metadata=[dataset_metadata(config) for config in self.configs],
+        )
+
+    def _plan(self, epoch: int) -> list["_PlannedBatch"]:
+        """Return all batches of an epoch in their order."""
+        generator = random.Random(f"{self.seed} {epoch}")
+        plan = []
+        for config, items in zip(self.configs, self.items, strict=True):
+            batches = _batches(items, config, generator)
+            plan += zip(batches, self._timesteps(batches, config.batch_size, generator), strict=True)
+        generator.shuffle(plan)
+        return plan
+
+    def _timesteps(
+        self, batches: list[list[CachedItem]], batch_size: int, generator: random.Random
+    ) -> list[list[float] | None]:
+        """Return for each batch numbers in [0, 1) that fill equal intervals equally over the epoch, if asked for."""
+        count = self.num_timestep_buckets or 1
+        if count < 2:
+            return [None] * len(batches)
+        total = len(batches) * batch_size
+        pool = [(i + generator.random()) / count for i in range(count) for _ in range(-(-total // count))]
+        generator.shuffle(pool)
+        return [pool[i * batch_size :][: len(batch)] for i, batch in enumerate(batches)]
+
+
+_PlannedBatch = tuple[list[CachedItem], list[float] | None]
+
+
+def _batches(items: list[CachedItem], config: DatasetConfig, generator: random.Random) -> list[list[CachedItem]]:
+    """Return the items in shuffled batches of one shape each; the last one of a shape may be smaller."""
+    buckets: dict[Shapes, list[CachedItem]] = {}
+    for item in items:
+        buckets.setdefault(item.shapes, []).extend([item] * config.num_repeats)
+    batches = []
+    for bucket in buckets.values():
+        generator.shuffle(bucket)
+        batches += [bucket[i : i + config.batch_size] for i in range(0, len(bucket), config.batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def load_batch(items: Sequence[CachedItem], timesteps: list[float] | None = None) -> Batch:
+    """Return the cached tensors of items of one shape as a batch."""
+    cached = [read_tensors(item.latents) for item in items]
+    stacked = {name: torch.stack([tensors[name] for tensors in cached]) for name in cached[0]}
+    clip = stacked.get("clip")
+    if clip is not None and clip.dim() == 4 and clip.shape[1] == 1:
+        clip = clip[:, 0]  # one-frame caches count their images even when there is one
+    return Batch(
+        latents=stacked["latents"],
+        text=[read_tensors(item.text)["t5"] for item in items],
+        latents_image=stacked.get("latents_image"),
+        clip=clip,
+        latents_control=stacked.get("latents_control"),
+        frame_indices=stacked.get("f_indices"),
+        timesteps=timesteps,
+    )
+
+
+class _EpochSampler(Sampler[int]):
+    """The numbers of one epoch's batches."""
+
+    def __init__(self, dataset: CachedDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.dataset.epoch * len(self.dataset)
+        return iter(range(start, start + len(self.dataset)))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+
+def _only(batches: list[Batch]) -> Batch:
+    return batches[0]
+
+
+def make_loader(dataset: CachedDataset, workers: int = 0, persistent_workers: bool = False) -> DataLoader:
+    """Return a loader that yields the Batches of the epoch chosen by `dataset.set_epoch`.
+
+    What a loader yields does not depend on the number of workers. Each element counts as a batch of one, which
+    accelerate can deal out to several processes; its prepared loader has a `set_epoch` that reaches the dataset.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=1,
+        sampler=_EpochSampler(dataset),
+        collate_fn=_only,
+        num_workers=workers,
+        persistent_workers=persistent_workers and workers > 0,
+        # Own generator: starting an epoch draws a seed for the workers, which must not shift the noise of training.
+        generator=torch.Generator().manual_seed(dataset.seed),
+    )
+
+
+def _bucket_words(item: CachedItem) -> str:
+    frames, height, width = dict(item.shapes)["latents"][1:]
+    seconds = "1 frame" if frames == 1 else f"{4 * frames - 3} frames"
+    return f"{8 * width}x{8 * height}, {seconds}"

@@ -1,0 +1,165 @@
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.config import VideoConfig
+from dataset.items import Source
+from dataset.media import (
+    MediaError,
+    at_16_fps,
+    decoded_frames,
+    frame_windows,
+    load_image,
+    plan_items,
+    read_clips,
+    resize_to_bucket,
+)
+from tests.media import drawing, write_pictures, write_video
+
+
+def video_config(**keys: object) -> VideoConfig:
+    return VideoConfig(where="test", cache_directory=Path("c"), resolution=(96, 64), **keys)
+
+
+def video(path: Path, controls: tuple[Path, ...] = ()) -> Source:
+    return Source(path, "x", is_video=True, controls=controls)
+
+
+def frame_number(pixels: np.ndarray) -> int:
+    """Return which frame of the drawing it is, by the left edge of the square."""
+    return int(np.argmax(pixels[8:24, :, 0].mean(axis=0) > 115)) - 4
+
+
+def test_windows_are_those_of_the_recorded_table(golden: Path):
+    for row in json.loads((golden / "frames.json").read_text())["windows"]:
+        lengths = sorted({(frames - 1) // 4 * 4 + 1 for frames in row["target_frames"]})
+        options = [row.get("frame_stride", 1), row.get("frame_sample", 1), row.get("max_frames", 129)]
+        windows = frame_windows(row["video_frames"], row["frame_extraction"], lengths, *options)
+        assert sorted(map(list, windows)) == sorted(row["windows"]), row
+
+
+def test_resampling_keeps_the_frames_of_the_recorded_table(golden: Path):
+    for fps, frames, start, stop, kept in json.loads((golden / "frames.json").read_text())["fps"]:
+        stop = float("inf") if stop is None else stop
+        assert [i for time, i in at_16_fps(range(frames), fps) if (start or 0) <= time < stop] == kept
+
+
+def test_resizing_gives_the_recorded_pixels(golden: Path, recipe):
+    for name, case in recipe.cases("resize", str(golden)).items():
+        picture = recipe.picture(case["picture"], case["height"], case["width"], seed=case["seed"])
+        resized = resize_to_bucket(picture, tuple(case["bucket"])).astype(int)
+        difference = np.abs(resized - case["outputs"]["image"].numpy().astype(int))
+        assert difference.max() <= 1 and (difference > 0).mean() <= 0.005, name
+
+
+@pytest.mark.parametrize("source_fps", [None, 30.0])
+@pytest.mark.parametrize(
+    ("extraction", "keys"),
+    [
+        ("head", {}),
+        ("chunk", {}),
+        ("slide", {"frame_stride": 3}),
+        ("uniform", {"frame_sample": 3}),
+        ("full", {"max_frames": 11}),
+    ],
+)
+def test_planning_without_decoding_finds_the_examples_that_reading_gives(tmp_path, extraction, keys, source_fps):
+    path = write_video(tmp_path / "v.mp4", frames=23)
+    config = video_config(frame_extraction=extraction, target_frames=(1, 5, 9), source_fps=source_fps, **keys)
+    clips = read_clips(video(path), config)
+    assert clips and plan_items(video(path), config) == [clip.item for clip in clips]
+
+
+def test_a_clip_shows_the_frames_that_its_window_names(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", frames=30, fps=30)
+    clips = read_clips(video(path), video_config(frame_extraction="chunk", target_frames=(5,), source_fps=30.0))
+    kept = [0, 2, 4, 6, 8, 10, 12, 14, 16, 17, 19, 21, 23, 25, 27, 29]
+    assert [clip.item.first_frame for clip in clips] == [0, 5, 10]
+    for clip in clips:
+        first = clip.item.first_frame
+        assert [frame_number(pixels) for pixels in clip.pixels] == kept[first : first + 5]
+
+
+def test_without_source_fps_every_frame_counts(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", frames=13, fps=60)
+    (clip,) = read_clips(video(path), video_config(frame_extraction="full"))
+    assert clip.item.frames == 13
+
+
+def test_reading_stops_behind_the_last_frame_that_head_needs(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def endless(path: Path):
+        for number in itertools.count():
+            asked.append(number)
+            yield drawing(number)
+
+    monkeypatch.setattr("dataset.media.decoded_frames", endless)
+    clips = read_clips(video(Path("v.mp4")), video_config(target_frames=(1, 5), source_fps=32.0))
+    assert [frame_number(pixels) for pixels in clips[1].pixels] == [0, 2, 4, 6, 8] and asked[-1] == 8
+
+
+def test_a_video_always_has_a_bucket_whatever_enable_bucket_says(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", frames=1, width=64, height=96)
+    (clip,) = read_clips(video(path), video_config(enable_bucket=False))
+    assert (clip.item.width, clip.item.height) == (64, 96) and clip.pixels.shape == (1, 96, 64, 3)
+
+
+@pytest.mark.parametrize(("rotation", "corner"), [(90, (76, 8)), (-90, (4, 40)), (180, (40, 76))])
+def test_a_rotated_video_is_turned_upright(tmp_path: Path, rotation: int, corner: tuple[int, int]):
+    path = write_video(tmp_path / "v.mp4", frames=1, rotation=rotation)
+    (frame,) = decoded_frames(path)
+    assert tuple(np.argwhere(frame[..., 0] > 150).min(axis=0)[:2]) == corner
+    (clip,) = read_clips(video(path), video_config())
+    assert plan_items(video(path), video_config()) == [clip.item]
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path: Path):
+    folder = write_pictures(tmp_path / "take.1", {f"{i:03d}": (96, 64) for i in range(7)}, caption=None)
+    (clip,) = read_clips(video(folder), video_config(target_frames=(5,)))
+    assert clip.item.key == "take.1_00000-005" and clip.pixels.shape == (5, 64, 96, 3)
+
+
+def test_a_control_video_that_is_too_short_stays_on_its_last_frame(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", frames=9)
+    control = write_video(tmp_path / "c.mp4", frames=3)
+    (clip,) = read_clips(video(path, (control,)), video_config(target_frames=(9,)))
+    frames = clip.controls[0]
+    assert frames.shape == clip.pixels.shape and (frames[2:] == frames[2]).all() and (frames[1] != frames[2]).any()
+
+
+def test_a_picture_is_turned_by_its_exif_tag(tmp_path: Path):
+    picture = Image.fromarray(drawing(0))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    picture.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), np.rot90(drawing(0), -1))
+
+
+def test_alpha_is_dropped_and_16_bits_are_scaled_to_8(tmp_path: Path):
+    transparent = np.dstack([drawing(0), np.zeros((64, 96), np.uint8)])
+    Image.fromarray(transparent).save(tmp_path / "rgba.png")
+    np.testing.assert_array_equal(load_image(tmp_path / "rgba.png"), drawing(0))
+    Image.fromarray(np.full((4, 4), 257 * 200, np.uint16)).save(tmp_path / "deep.png")
+    assert (load_image(tmp_path / "deep.png") == 200).all()
+
+
+def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path: Path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video at all" * 100)
+    empty = tmp_path / "folder"
+    empty.mkdir()
+    for path in (broken, empty, tmp_path / "missing.mp4"):
+        for read in (plan_items, read_clips):
+            with pytest.raises(MediaError) as error:
+                read(video(path), video_config())
+            assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_a_video_shorter_than_all_target_lengths_gives_nothing(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", frames=4)
+    assert read_clips(video(path), video_config(target_frames=(5, 9))) == []
