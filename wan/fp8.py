@@ -35,7 +35,7 @@ def scale_name(weight_name: str) -> str:
 
 def cast_weight(weight: Tensor) -> Tensor:
     """Return the weight rounded to float8. What is beyond its range saturates, and NaN becomes 0."""
-    return weight.float().nan_to_num(nan=0.0).clamp(-LARGEST, LARGEST).to(FLOAT8)
+    return weight.float().nan_to_num(nan=0.0).clamp_(-LARGEST, LARGEST).to(FLOAT8)
 
 
 def quantize_weight(weight: Tensor, scale_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

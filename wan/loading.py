@@ -82,9 +82,14 @@ def build_dit(
 
 
 def check_dit(path: Path | str | None, config: WanConfig, option: str = "--dit") -> WanShape:
-    """Return the sizes of a file's DiT, from its header alone, or raise UserError if the task cannot run it."""
+    """Return the sizes of a file's DiT, from its header alone, or raise UserError if the task cannot run it.
+
+    Sizes other than the task's are used all the same, and logged here, so that loading need not say it again.
+    """
     with open_tensors(path, option, "the DiT's weights") as file:
-        return _check(DitTensors(file, f"{option} {path}"), config)
+        shape = _check(DitTensors(file, f"{option} {path}"), config)
+    _log_other_sizes(f"{option} {path}", shape, config)
+    return shape
 
 
 def check_fp8(path: Path | str | None, fp8: bool, fp8_scaled: bool, option: str = "--dit") -> None:
@@ -197,13 +202,16 @@ def task_kind(config: WanConfig) -> str:
 
 
 def _check(tensors: DitTensors, config: WanConfig) -> WanShape:
-    """Return the shape of a DiT that is whole and of the task's kind; log it where its sizes are not the task's."""
+    """Return the shape of a DiT that is whole and of the task's kind."""
     _refuse_others(tensors)
     shape = dit_shape(tensors, where=tensors.where)
     _check_names(tensors, shape)
     kind = dit_kind(shape)
     if kind is None and shape.out_channels == 48:
-        raise UserError(f"{tensors.where}: is ti2v-5B of Wan2.2, which is not supported", "use a model of --task")
+        raise UserError(
+            f"{tensors.where}: is ti2v-5B of Wan2.2, which is not supported",
+            "use a model of one of the tasks that --help lists",
+        )
     if kind is None:
         branch = "with" if shape.clip_dim else "without"
         raise UserError(
@@ -217,7 +225,6 @@ def _check(tensors: DitTensors, config: WanConfig) -> WanShape:
             f"{tensors.where}: is {KIND_NAMES[kind]}, but --task is {config.name}",
             f"use --task {' or '.join(tasks)}, or the weights for {config.name}",
         )
-    _log_other_sizes(tensors.where, shape, config)
     return shape
 
 
@@ -262,8 +269,16 @@ OTHERS = (
         "use the file of the official repository, or the one repackaged for ComfyUI",
     ),
     (r"^ref_conv\.", "is Fun-Control V1.1, which is not supported", "use the first version of Fun-Control"),
-    (r"^vace_(blocks|patch_embedding)\.", "is a VACE model, which is not supported", "use a model of --task"),
-    (r"^control_adapter\.", "is a Fun camera model, which is not supported", "use a model of --task"),
+    (
+        r"^vace_(blocks|patch_embedding)\.",
+        "is a VACE model, which is not supported",
+        "use a model of one of the tasks that --help lists",
+    ),
+    (
+        r"^control_adapter\.",
+        "is a Fun camera model, which is not supported",
+        "use a model of one of the tasks that --help lists",
+    ),
 )
 
 
