@@ -1,0 +1,283 @@
+"""The Wan2.1 VAE: videos to latents, 8 x 8 pixels and 4 frames to one, and back.
+
+Both directions run chunk by chunk, one latent frame at a time, and give what the whole video at once would give.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from utils.devices import dtype_name, parse_dtype
+from utils.errors import UserError
+from utils.options import option
+from utils.safetensors_io import open_tensors
+from wan.vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, FrameCache, ResidualBlock, Upsample
+from wan.weights import InMemory, Weights, check_names, describe, place, shapes_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LATENT_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+LATENT_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+def _vae_dtype(name: str) -> str:
+    try:
+        dtype = parse_dtype(name)
+    except UserError as error:
+        raise ValueError(error.problem) from None
+    if dtype not in DTYPES:
+        raise ValueError(f"the VAE computes in bf16, fp16 or fp32, not in {name}")
+    return name
+
+
+@dataclass(frozen=True)
+class VaeOptions:
+    """the VAE"""
+
+    vae: Path | None = option(None, "weights of the Wan2.1 VAE: Wan2.1_VAE.pth or wan_2.1_vae.safetensors")
+    vae_dtype: str | None = option(
+        None, "number format that the VAE computes in: bf16, fp16 or fp32 (default: bf16)", parse=_vae_dtype
+    )
+    vae_cache_cpu: bool = option(
+        False, "keep the VAE's memory of earlier frames in main memory: saves about 1 to 4 GB of VRAM, costs time"
+    )
+
+
+@dataclass(frozen=True)
+class VaeShape:
+    """Sizes of a VAE; the defaults are the published ones."""
+
+    width: int = 96  # channels at full resolution
+    levels: tuple[int, ...] = (96, 192, 384, 384)  # channels at full, half, ... resolution
+    residuals: int = 2  # residual blocks per level of the encoder; the decoder has one more
+    in_time: tuple[bool, ...] = (False, True, True)  # between two levels: halves the frames too?
+    latent_channels: int = 16
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Height, and width, in pixels of one latent."""
+        return 2 ** len(self.in_time)
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Frames in one latent frame; the first one holds a single frame."""
+        return 2 ** sum(self.in_time)
+
+
+class Encoder(nn.Module):
+    """Pixels to the mean and the logarithm of the variance of latents, one chunk of frames."""
+
+    def __init__(self, shape: VaeShape):
+        super().__init__()
+        self.conv1 = CausalConv3d(3, shape.width, (3, 3, 3))
+        layers, channels = [], shape.width
+        for level, outputs in enumerate(shape.levels):
+            for _ in range(shape.residuals):
+                layers.append(ResidualBlock(channels, outputs))
+                channels = outputs
+            if level < len(shape.in_time):
+                layers.append(Downsample(channels, shape.in_time[level]))
+        self.downsamples = nn.ModuleList(layers)
+        self.middle = _middle(channels)
+        self.head = _head(channels, 2 * shape.latent_channels)
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B 3 f H W], f = 1 or 4 > [B 2z 1 H/8 W/8]."""
+        x = self.conv1(x, cache)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, cache)
+        return self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels, one chunk of latent frames."""
+
+    def __init__(self, shape: VaeShape):
+        super().__init__()
+        channels = shape.levels[-1]
+        self.conv1 = CausalConv3d(shape.latent_channels, channels, (3, 3, 3))
+        self.middle = _middle(channels)
+        layers = []
+        for level, outputs in reversed(list(enumerate(shape.levels))):
+            for _ in range(shape.residuals + 1):
+                layers.append(ResidualBlock(channels, outputs))
+                channels = outputs
+            if level > 0:
+                layers.append(Upsample(channels, shape.in_time[level - 1]))
+                channels //= 2
+        self.upsamples = nn.ModuleList(layers)
+        self.head = _head(channels, 3)
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B z 1 h w] > [B 3 f 8h 8w]: f = 1 in the first chunk, 4 in the others."""
+        x = self.conv1(x, cache)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, cache)
+        return self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+
+
+def _middle(channels: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    )
+
+
+def _head(channels: int, outputs: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": ChannelNorm(channels, axes=3), "2": CausalConv3d(channels, outputs, (3, 3, 3))})
+
+
+class WanVAE(nn.Module):
+    """The VAE with weights under their official names; latents leave and enter it normalised per channel.
+
+    cache_cpu: the frame caches wait in main memory.
+    """
+
+    def __init__(self, shape: VaeShape, cache_cpu: bool = False):
+        super().__init__()
+        self.shape, self.cache_cpu = shape, cache_cpu
+        self.encoder, self.decoder = Encoder(shape), Decoder(shape)
+        self.conv1 = CausalConv3d(2 * shape.latent_channels, 2 * shape.latent_channels, (1, 1, 1))
+        self.conv2 = CausalConv3d(shape.latent_channels, shape.latent_channels, (1, 1, 1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv2.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv2.weight.device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the latents [B z f h w] of videos, float32, on the pixels' device.
+
+        pixels [B 3 F H W] in [-1, 1], on any device: only a chunk at a time goes to the VAE's. f = (F - 1) // 4 + 1:
+        frames beyond the last 4n + 1 are dropped. An image is a video of one frame.
+        """
+        scale, length = self.shape.pixels_per_latent, self.shape.frames_per_latent
+        _, channels, frames, height, width = pixels.shape
+        assert channels == 3 and height % scale == width % scale == 0 < pixels.numel(), tuple(pixels.shape)
+        ends = range(1, frames + 1, length)
+        chunks = [pixels[:, :, max(0, end - length) : end] for end in ends]
+        mean, std = self._statistics(pixels.device)
+        latents = []
+        for chunk, cache in self._with_cache(chunks):
+            x = self.conv1(self.encoder(chunk.to(self.device, self.dtype), cache), cache)
+            latents.append(x.chunk(2, dim=1)[0].to(pixels.device, torch.float32))
+        return (torch.cat(latents, dim=2) - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, on_frames: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Return the videos [B 3 4f-3 8h 8w] of normalised latents, float32 in [-1, 1], on the latents' device.
+
+        latents [B z f h w]; on_frames is given each chunk of frames [B 3 1 or 4 8h 8w] as soon as it is there.
+        """
+        assert latents.shape[1] == self.shape.latent_channels and latents.numel() > 0, tuple(latents.shape)
+        mean, std = self._statistics(latents.device)
+        x = latents.float() * std + mean
+        scale, length = self.shape.pixels_per_latent, self.shape.frames_per_latent
+        batch, _, count, height, width = latents.shape
+        frames = length * (count - 1) + 1
+        pixels = torch.empty((batch, 3, frames, scale * height, scale * width), device=latents.device)
+        done = 0
+        for chunk, cache in self._with_cache(x.split(1, dim=2)):
+            y = self.decoder(self.conv2(chunk.to(self.device, self.dtype), cache), cache)
+            y = y.to(latents.device, torch.float32).clamp_(-1, 1)
+            pixels[:, :, done : done + y.shape[2]] = y
+            done += y.shape[2]
+            if on_frames is not None:
+                on_frames(y)
+        return pixels
+
+    def _statistics(self, device: torch.device) -> Iterator[Tensor]:
+        """Return mean and deviation [z 1 1 1] of each latent channel, always in float32."""
+        return (rearrange(torch.tensor(values, device=device), "z -> z 1 1 1") for values in (LATENT_MEAN, LATENT_STD))
+
+    def _with_cache(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, FrameCache]]:
+        """Yield the chunks of a video in turn, with the cache that knows which one it is."""
+        cache = FrameCache(in_main_memory=self.cache_cpu)
+        for i, chunk in enumerate(chunks):
+            cache.is_first, cache.is_last = i == 0, i == len(chunks) - 1
+            yield chunk, cache
+
+
+def load_vae(
+    path: Path | str | None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    cache_cpu: bool = False,
+    option: str = "--vae",
+) -> WanVAE:
+    """Return the frozen VAE of a .pth or .safetensors file; raises UserError for a file that is something else."""
+    if dtype not in DTYPES:
+        raise UserError(
+            f"--vae_dtype {dtype_name(dtype)}: the VAE cannot compute in this format", "use bf16, fp16 or fp32"
+        )
+    with open_tensors(path, option, "the weights of the Wan2.1 VAE") as weights:
+        vae = _build(weights, f"{option} {path}", dtype, device)
+    vae.cache_cpu = cache_cpu
+    return vae
+
+
+def build_vae(state_dict: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> WanVAE:
+    """Return the frozen VAE of tensors under their official names; its sizes follow from their shapes."""
+    return _build(InMemory(state_dict), "VAE weights", dtype, "cpu")
+
+
+def vae_shape(weights: Weights, where: str = "VAE weights") -> VaeShape:
+    """Return the sizes of a VAE from the shapes of its encoder's tensors."""
+    keys = set(weights.keys())
+    kind = describe(keys)
+    first, latent = "encoder.conv1.weight", "conv2.weight"
+    if kind != "the Wan2.1 VAE" or not {first, latent} <= keys:
+        fix = "use Wan2.1_VAE.pth or wan_2.1_vae.safetensors"
+        if "Wan2.2" in kind:
+            fix = "the 14B models of Wan2.2 work with the Wan2.1 VAE too: " + fix
+        if kind == "the Wan2.1 VAE":
+            raise UserError(f"{where}: {first} or {latent} is missing", "the file may be damaged or incomplete")
+        raise UserError(f"{where}: this seems to be {kind}, not the Wan2.1 VAE", fix)
+    if weights.shape(latent)[0] != len(LATENT_MEAN):
+        raise UserError(
+            f"{where}: {weights.shape(latent)[0]} latent channels, but the Wan2.1 VAE has {len(LATENT_MEAN)}",
+            "use Wan2.1_VAE.pth or wan_2.1_vae.safetensors",
+        )
+    levels: list[list[int]] = [[]]
+    in_time: list[bool] = []
+    for k in range(1 + max(int(m[1]) for key in keys if (m := re.match(r"encoder\.downsamples\.(\d+)\.", key)))):
+        layer = f"encoder.downsamples.{k}"
+        if f"{layer}.residual.2.weight" in keys:
+            levels[-1].append(weights.shape(f"{layer}.residual.2.weight")[0])
+        else:
+            levels.append([])
+            in_time.append(f"{layer}.time_conv.weight" in keys)
+    if not all(levels):
+        raise UserError(f"{where}: layers of the encoder are missing", "the file may be damaged or incomplete")
+    return VaeShape(
+        width=weights.shape(first)[0],
+        levels=tuple(level[-1] for level in levels),
+        residuals=max(len(level) for level in levels),
+        in_time=tuple(in_time),
+        latent_channels=weights.shape(latent)[0],
+    )
+
+
+def _build(weights: Weights, where: str, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
+    shape = vae_shape(weights, where)
+    with torch.device("meta"):
+        vae = WanVAE(shape)
+    expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    check_names(where, expected, shapes_of(weights))
+    for name in expected:
+        place(vae, name, weights.get(name), dtype, device)
+    return vae.eval()

@@ -1,0 +1,155 @@
+"""Layers of the causal video VAE: what a frame becomes depends on it and on earlier frames only.
+
+A video passes in chunks; between two chunks a FrameCache holds the last input frames of each layer that looks back in
+time. So a video of any length is computed exactly, with the memory of one chunk.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+
+class FrameCache:
+    """What the layers remember of the earlier chunks of one video, and where in the video the current chunk is.
+
+    in_main_memory: frames wait there instead of on the layers' device.
+    """
+
+    def __init__(self, in_main_memory: bool = False):
+        self.in_main_memory = in_main_memory
+        self.is_first, self.is_last = True, False
+        self._frames: dict[nn.Module, Tensor] = {}
+
+    def take(self, layer: nn.Module, device: torch.device) -> Tensor | None:
+        """Return the frames [B C f H W] that the layer kept at the previous chunk, or None; they are then forgotten."""
+        frames = self._frames.pop(layer, None)
+        return None if frames is None else frames.to(device)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Keep a copy of these frames for the next chunk, if there is one."""
+        if not self.is_last:
+            # A copy, because a view would hold on to the memory of all frames.
+            self._frames[layer] = frames.to("cpu" if self.in_main_memory else frames.device, copy=True)
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that sees zeros before the first frame and nothing after the current one."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int]):
+        super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.memory = kernel[0] - 1
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B C f H W] > [B C' f H W]."""
+        if self.memory == 0:
+            return super().forward(x)
+        past = cache.take(self, x.device)
+        known = x if past is None else torch.cat([past, x], dim=2)
+        cache.keep(self, known[:, :, -self.memory :])
+        if known.shape[2] == 1:
+            # Before a video's first frame are only zeros, so only the last tap counts: 2-D, and several times faster.
+            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+            return rearrange(y, "b c h w -> b c 1 h w")
+        zeros = self.memory + x.shape[2] - known.shape[2]
+        return super().forward(F.pad(known, (0, 0, 0, 0, zeros, 0)) if zeros else known)
+
+
+class ChannelNorm(nn.Module):
+    """Scales the channels of each pixel to a mean square of 1, then by gamma."""
+
+    def __init__(self, channels: int, axes: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B C ...] > the same shape."""
+        if x.dtype == torch.float32:  # several times faster on a CPU than vector_norm
+            norm = x.square().sum(dim=1, keepdim=True).sqrt_().clamp_min_(1e-12)
+        else:  # squares would overflow in float16; this sums in float32 without a float32 copy of x
+            norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
+        # The upper limit keeps black pixels at 0 in float16, where 0 times infinity would be NaN.
+        scale = (math.sqrt(x.shape[1]) / norm).clamp_max(torch.finfo(x.dtype).max).to(x.dtype)
+        return (x * scale).mul_(self.gamma)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1x1 convolution on x where the number of channels changes."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        # Named by their places in the original's list, where activations and dropout count too.
+        self.residual = nn.ModuleDict(
+            {
+                "0": ChannelNorm(inputs, axes=3),
+                "2": CausalConv3d(inputs, outputs, (3, 3, 3)),
+                "3": ChannelNorm(outputs, axes=3),
+                "6": CausalConv3d(outputs, outputs, (3, 3, 3)),
+            }
+        )
+        self.shortcut = CausalConv3d(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B C f H W] > [B C' f H W]."""
+        y = self.residual["2"](F.silu(self.residual["0"](x), inplace=True), cache)
+        y = self.residual["6"](F.silu(self.residual["3"](y), inplace=True), cache)
+        return y.add_(x if self.shortcut is None else self.shortcut(x, cache))
+
+
+class AttentionBlock(nn.Module):
+    """x + single-head attention among the pixels of each frame."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = ChannelNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B C f H W] > the same shape."""
+        frames = rearrange(x, "b c f h w -> (b f) c h w")
+        qkv = self.to_qkv(self.norm(frames))
+        q, k, v = rearrange(qkv, "n (three c) h w -> three n 1 (h w) c", three=3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[3]))
+        return x + rearrange(y, "(b f) c h w -> b c f h w", b=x.shape[0])
+
+
+class Downsample(nn.Module):
+    """Halves height and width; `in_time`: also the number of frames, except that the first frame stays alone."""
+
+    def __init__(self, channels: int, in_time: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B C f H W] > [B C f' H/2 W/2]: f' = 1 in the first chunk, f/2 in the others."""
+        batch = x.shape[0]
+        x = F.pad(rearrange(x, "b c f h w -> (b f) c h w"), (0, 1, 0, 1))
+        x = rearrange(self.resample["1"](x), "(b f) c h w -> b c f h w", b=batch)
+        if self.time_conv is None:
+            return x
+        past = cache.take(self, x.device)
+        cache.keep(self, x[:, :, -1:])
+        return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and halves the channels; `in_time`: also doubles the frames, except the first one."""
+
+    def __init__(self, channels: int, in_time: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3, padding=1)})
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B C f H W] > [B C/2 f' 2H 2W]: f' = 1 in the first chunk, 2f in the others."""
+        # The very first frame is neither doubled nor seen by the time convolution of the frames after it.
+        if self.time_conv is not None and not cache.is_first:
+            x = rearrange(self.time_conv(x, cache), "b (two c) f h w -> b c (f two) h w", two=2)
+        batch = x.shape[0]
+        x = repeat(x, "b c f h w -> (b f) c (h two_h) (w two_w)", two_h=2, two_w=2)
+        return rearrange(self.resample["1"](x), "(b f) c h w -> b c f h w", b=batch)
