@@ -1,0 +1,129 @@
+"""Shows what the model will see of a dataset: every example as it is cut, resized and cropped, encoded by nothing."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from dataset.cache import latent_path
+from dataset.config import DatasetConfig
+from dataset.items import find_sources
+from dataset.media import FPS, Clip, MediaError, read_clips, resize_to_bucket
+from modules.outputs import Files, frame_writer
+from utils.errors import UserError
+from utils.options import option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """looking at the data instead of caching"""
+
+    debug_mode: str | None = option(
+        None,
+        "show every example as the model will see it, and stop: image in a window, console in the terminal, "
+        "video as files in the folder `preview` of the cache folder",
+        choices=("image", "console", "video"),
+    )
+    console_width: int = option(80, "with --debug_mode console: columns of a picture")
+    console_num_images: int | None = option(None, "with --debug_mode console: do not ask; examples of each dataset")
+    console_back: str | None = option(None, "taken for old command lines; pictures here fill their background")
+
+
+# Shows one example and returns what to do next: "" for the next example, "d" for the next dataset, "q" to stop.
+Show = Callable[[Clip], str]
+
+
+def preview(configs: Sequence[DatasetConfig], options: PreviewOptions) -> None:
+    """Show the examples of all datasets in one of the ways of PREVIEWS."""
+    for config in configs:
+        show = _PREVIEWS[options.debug_mode](config, options)
+        for shown, clip in enumerate(_clips(config)):
+            if options.debug_mode == "console" and shown == options.console_num_images:
+                break
+            logger.info("%s", _description(clip))
+            key = show(clip)
+            if key == "q":
+                return
+            if key == "d":
+                break
+
+
+def _clips(config: DatasetConfig) -> Iterator[Clip]:
+    for source in find_sources(config):
+        try:
+            yield from read_clips(source, config)
+        except MediaError as error:
+            logger.warning("left out: %s", error)
+
+
+def _description(clip: Clip) -> str:
+    item, count = clip.item, len(clip.pixels)
+    frames = "1 frame" if count == 1 else f"{count} frames"
+    return f"{item.key}: {item.width}x{item.height}, {frames}, caption: {item.source.caption}"
+
+
+def _as_files(config: DatasetConfig, options: PreviewOptions) -> Show:
+    def show(clip: Clip) -> str:
+        path = latent_path(config, clip.item)
+        path = path.parent / "preview" / path.with_suffix(".mp4" if clip.item.source.is_video else ".png").name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files = Files(video=path) if clip.item.source.is_video else Files(images=path)
+        with frame_writer(files, len(clip.pixels), FPS, None) as write:
+            for frame in clip.pixels:
+                write(frame)
+        return ""
+
+    return show
+
+
+def _in_console(config: DatasetConfig, options: PreviewOptions) -> Show:
+    def show(clip: Clip) -> str:
+        print(as_blocks(clip.pixels[0], options.console_width))
+        if options.console_num_images is not None:
+            return ""
+        if not sys.stdin.isatty():
+            raise UserError("--debug_mode console: there is no terminal to ask", "give --console_num_images N")
+        return input("Enter: next, d: next dataset, q: quit > ").strip().lower()[:1]
+
+    return show
+
+
+def as_blocks(frame: np.ndarray, columns: int) -> str:
+    """Return a frame uint8 [H W 3] as lines of coloured half blocks for a terminal with 24-bit colour."""
+    columns = max(1, columns)
+    rows = max(1, round(frame.shape[0] / frame.shape[1] * columns / 2))
+    small = resize_to_bucket(frame, (columns, 2 * rows))
+    lines = []
+    for upper, lower in zip(small[::2], small[1::2], strict=True):
+        cells = (
+            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m▀" for a, b in zip(upper, lower, strict=True)
+        )
+        lines.append("".join(cells) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+def _in_window(config: DatasetConfig, options: PreviewOptions) -> Show:
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise UserError("--debug_mode image: there is no display", "use --debug_mode video or console")
+
+    def show(clip: Clip) -> str:
+        pictures = [clip.pixels[0], *([clip.pixels[-1]] if len(clip.pixels) > 1 else [])]
+        pictures += [control[0] for control in clip.controls]
+        for picture in pictures:
+            cv2.imshow("any key: next, d: next dataset, q: quit", picture[..., ::-1])
+            key = chr(cv2.waitKey(0) & 0xFF).lower()
+            if key in "dq":
+                cv2.destroyAllWindows()
+                return key
+        return ""
+
+    return show
+
+
+_PREVIEWS = {"image": _in_window, "console": _in_console, "video": _as_files}

@@ -1,0 +1,67 @@
+"""Cache the latents of every image and video of a dataset.
+
+python wan_cache_latents.py --dataset_config data.toml --vae wan_2.1_vae.safetensors
+
+For image-to-video add --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth. What the dataset file may say is
+in docs/dataset_config.md.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from modules.preview import PreviewOptions, preview
+from wan.clip import ClipOptions
+
+from dataset.config import DatasetOptions, load_config
+from modules.caching import (
+    I2V,
+    I2V_WITHOUT_CLIP,
+    ONE_FRAME,
+    ONE_FRAME_WITHOUT_CLIP,
+    T2V,
+    CachingOptions,
+    cache_latents,
+    load_latent_encoders,
+)
+from utils.devices import default_device, parse_dtype
+from utils.errors import run_script
+from utils.files import require_file
+from utils.options import option, parse_options
+from wan.vae import VaeOptions
+
+
+@dataclass(frozen=True)
+class LatentOptions:
+    """what is cached beside the latents"""
+
+    i2v: bool = option(False, "the first frame as condition, for image-to-video; --clip implies it")
+    one_frame: bool = option(False, "one-frame training: pictures with the control pictures that the dataset names")
+    disable_cudnn_backend: bool = option(False, "do without cuDNN, which some AMD GPUs need")
+
+
+def main() -> None:
+    data, vae, clip, latents, caching, previewing = parse_options(
+        __doc__, DatasetOptions, VaeOptions, ClipOptions, LatentOptions, CachingOptions, PreviewOptions
+    )
+    configs = load_config(data.dataset_config, caching.batch_size)
+    if previewing.debug_mode:
+        preview(configs, previewing)
+        return
+    require_file(vae.vae, "--vae", "the weights of the VAE")
+    if clip.clip:
+        require_file(clip.clip, "--clip", "the weights of the CLIP image encoder")
+    torch.backends.cudnn.enabled = not latents.disable_cudnn_backend
+    if latents.one_frame:
+        names = ONE_FRAME if clip.clip else ONE_FRAME_WITHOUT_CLIP
+    elif latents.i2v or clip.clip:
+        names = I2V if clip.clip else I2V_WITHOUT_CLIP
+    else:
+        names = T2V
+    dtype = parse_dtype(vae.vae_dtype or "bfloat16")
+    load = functools.partial(load_latent_encoders, vae, clip, dtype, default_device(caching.device))
+    cache_latents(configs, load, dtype, caching, names).report()
+
+
+if __name__ == "__main__":
+    run_script(main)

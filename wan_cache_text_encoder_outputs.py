@@ -1,0 +1,29 @@
+"""Cache what the text encoder makes of every caption of a dataset.
+
+python wan_cache_text_encoder_outputs.py --dataset_config data.toml --t5 models_t5_umt5-xxl-enc-bf16.pth --batch_size 16
+
+What the dataset file may say is in docs/dataset_config.md.
+"""
+
+import functools
+
+from wan.t5 import T5Options
+
+from dataset.config import DatasetOptions, load_config
+from modules.caching import CachingOptions, cache_texts, load_text_encoder
+from utils.devices import default_device
+from utils.errors import run_script
+from utils.files import require_file
+from utils.options import parse_options
+
+
+def main() -> None:
+    data, t5, caching = parse_options(__doc__, DatasetOptions, T5Options, CachingOptions)
+    configs = load_config(data.dataset_config, caching.batch_size)
+    require_file(t5.t5, "--t5", "the weights of the text encoder")
+    load = functools.partial(load_text_encoder, t5, default_device(caching.device))
+    cache_texts(configs, load, caching).report()
+
+
+if __name__ == "__main__":
+    run_script(main)
