@@ -1,0 +1,301 @@
+"""The training loop: batches > noised latents > DiT with LoRA > loss > LoRA files."""
+
+import logging
+import math
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset.loader import Batch, make_loader
+from modules.checkpoints import Checkpoints, model_metadata, new_session, training_metadata
+from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
+from modules.optimizers import make_optimizer, make_schedule
+from modules.preflight import Plan, TrainOptions, check
+from utils.errors import UserError
+from utils.options import option
+from wan.configs import WanConfig
+from wan.loading import load_dit
+from wan.model import WanModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """logs of loss and learning rate"""
+
+    logging_dir: Path | None = option(None, "folder for TensorBoard logs, one folder in it for each run")
+    log_with: str | None = option(None, "what the logs are for (default: tensorboard)", choices=("tensorboard",))
+    log_prefix: str = option("", "first part of the name of a run's folder")
+    log_tracker_name: str = option("network_train", "name of the logs in that folder")
+
+
+def make_trainer(options: TrainOptions, logs: LoggingOptions) -> "Trainer":
+    """Check everything, load the DiT and return the run, on this process or on one of several that were launched."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
+    if not state.is_main_process:
+        logging.disable(logging.WARNING)
+    folder = log_folder(logs)
+    plan = check(options, _agreed_seed(options.training.seed), state.device)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        mixed_precision=plan.mixed_precision,
+        log_with="tensorboard" if folder else None,
+        project_dir=folder,
+    )
+    if folder:
+        accelerator.init_trackers(logs.log_tracker_name)
+    for line in plan.data.summary().lines():
+        logger.info("%s", line)
+    dit = load_dit(
+        options.dit.dit,
+        plan.config,
+        plan.dtype,
+        accelerator.device,
+        deltas=plan.base_deltas,
+        attn_mode=plan.attn_mode,
+        split_attn=options.attention.split_attn,
+        fp8=options.precision.fp8_base,
+        fp8_scaled=options.precision.fp8_scaled,
+    )
+    return Trainer(plan, dit, accelerator)
+
+
+class Trainer:
+    """A run in progress: what is trained, by what, and how far it is."""
+
+    def __init__(self, plan: Plan, dit: WanModel, accelerator: Accelerator):
+        options, training = plan.options, plan.options.training
+        self.plan, self.accelerator, self.dit = plan, accelerator, dit
+        self.dit.gradient_checkpointing = options.precision.gradient_checkpointing
+        self.network = plan.network.to(accelerator.device).train()
+        self.network.attach(dit)
+        workers = min(training.max_data_loader_n_workers, os.cpu_count() or 1)
+        loader = make_loader(plan.data, workers, training.persistent_data_loader_workers)
+        optimizer, self.optimizer_name = make_optimizer(
+            options.optimizer, self.network.parameter_groups(options.optimizer.learning_rate)
+        )
+        self.loader, self.optimizer = accelerator.prepare(loader, optimizer)
+        rounds = math.ceil(len(self.loader) / training.gradient_accumulation_steps)
+        epochs = training.max_train_epochs
+        self.total_steps = epochs * rounds if epochs else training.max_train_steps
+        self.epochs = epochs or math.ceil(self.total_steps / rounds)
+        self.schedule = make_schedule(options.optimizer, self.optimizer, self.total_steps)
+        # Each process draws its own noise and dropout. On the CPU, so that a seed means the same on every device.
+        process_seed = (plan.seed + accelerator.process_index) % 2**32
+        self.generator = torch.Generator().manual_seed(process_seed)
+        torch.manual_seed(process_seed)
+        self.checkpoints = Checkpoints(options.saving, self.metadata(), options.metadata.no_metadata)
+        self.step = 0
+        self.losses: deque[float] = deque(maxlen=len(self.loader))
+
+    def run(self) -> None:
+        """Train to the end and save the LoRA."""
+        self.log_start()
+        progress = tqdm(total=self.total_steps, desc="steps", disable=not self.accelerator.is_main_process)
+        for epoch in range(self.epochs):
+            logger.info("epoch %d/%d", epoch + 1, self.epochs)
+            self.loader.set_epoch(epoch)
+            epoch_losses = []
+            for batch in self.loader:
+                with self.accelerator.accumulate(self.network):
+                    loss = self.loss(batch)
+                    self.accelerator.backward(loss)
+                    norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
+                epoch_losses.append(loss.item())
+                self.losses.append(epoch_losses[-1])
+                if self.accelerator.sync_gradients:
+                    self.step += 1
+                    progress.update()
+                    self.after_step(epoch)
+                average = sum(self.losses) / len(self.losses)
+                progress.set_postfix(avr_loss=average, **norms)
+                self.log(
+                    {"loss/current": epoch_losses[-1], "loss/average": average, **self.rates(), **norms}, self.step
+                )
+                if self.step >= self.total_steps:
+                    break
+            self.log({"loss/epoch": sum(epoch_losses) / len(epoch_losses)}, epoch + 1)
+            self.after_epoch(epoch + 1)
+        progress.close()
+        self.network.detach()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save_final(self.network.state_dict(), self.step, self.epochs)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch, each sample at a noise level of its own."""
+        options, device = self.plan.options.timesteps, self.accelerator.device
+        batch = batch.to(device)
+        height, width = batch.latents.shape[-2:]
+        t = sample_timesteps(options, len(batch), height, width, self.generator, batch.timesteps).to(device)
+        noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
+        x_t, velocity = noised(batch.latents, noise, t)
+        prediction = predict(self.dit, self.plan.config, batch, x_t, t)
+        return flow_loss(prediction, velocity, loss_weights(options.weighting_scheme, t))
+
+    def optimizer_step(self) -> dict[str, float]:
+        """Apply the gradients of all processes; return norms of the LoRA where they are limited."""
+        parameters = list(self.network.parameters())
+        if self.accelerator.num_processes > 1:
+            average_gradients(parameters, self.accelerator)
+        if self.plan.options.optimizer.max_grad_norm:
+            self.accelerator.clip_grad_norm_(parameters, self.plan.options.optimizer.max_grad_norm)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        limit = self.plan.options.network.scale_weight_norms
+        if not limit:
+            return {}
+        names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
+        return dict(zip(names, self.network.scale_norms(limit), strict=True))
+
+    def after_step(self, epoch: int) -> None:
+        every = self.plan.options.saving.save_every_n_steps
+        if every and self.step % every == 0 and self.accelerator.is_main_process:
+            self.checkpoints.save_step(self.network.state_dict(), self.step, epoch)
+
+    def after_epoch(self, epoch: int) -> None:
+        every = self.plan.options.saving.save_every_n_epochs
+        if every and epoch % every == 0 and epoch < self.epochs and self.accelerator.is_main_process:
+            self.checkpoints.save_epoch(self.network.state_dict(), self.step, epoch)
+
+    def rates(self) -> dict[str, float]:
+        return {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if self.accelerator.trackers:
+            self.accelerator.log(values, step=step)
+
+    def log_start(self) -> None:
+        """Log the settings that people look for before they leave a run alone."""
+        accelerator = self.accelerator
+        logger.info("device %s, DiT in %s, LoRA in float32", accelerator.device, self.dit.dtype)
+        logger.info("optimizer %s, seed %d", self.optimizer_name, self.plan.seed)
+        logger.info(
+            "%d steps in %d epochs of %d batches on %d process(es), %d batches to a step",
+            self.total_steps,
+            self.epochs,
+            len(self.loader),
+            accelerator.num_processes,
+            accelerator.gradient_accumulation_steps,
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of LoRA files, but for what changes from file to file."""
+        options, summary = self.plan.options, self.plan.data.summary()
+        network, timesteps, optimizer = options.network, options.timesteps, options.optimizer
+        ranks = {branch.rank for _, branch in self.network.branches()}
+        alphas = {branch.alpha.item() for _, branch in self.network.branches()}
+        arguments = dict(item.split("=", 1) for item in network.network_args)
+        values = {
+            **new_session(),
+            "output_name": options.saving.output_name,
+            "learning_rate": optimizer.learning_rate,
+            "num_train_items": summary.items,
+            "num_batches_per_epoch": len(self.loader),
+            "num_epochs": self.epochs,
+            "gradient_checkpointing": options.precision.gradient_checkpointing,
+            "gradient_checkpointing_cpu_offload": False,
+            "gradient_accumulation_steps": options.training.gradient_accumulation_steps,
+            "max_train_steps": self.total_steps,
+            "lr_warmup_steps": optimizer.lr_warmup_steps,
+            "lr_scheduler": optimizer.lr_scheduler,
+            "base_model_version": "wan",
+            "network_module": network.network_module,
+            "network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+            "network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+            "network_dropout": network.network_dropout,
+            **({"network_args": arguments} if arguments else {}),
+            "mixed_precision": self.plan.mixed_precision,
+            "seed": self.plan.seed,
+            "training_comment": options.metadata.training_comment,
+            "optimizer": self.optimizer_name,
+            "max_grad_norm": optimizer.max_grad_norm,
+            "fp8_base": options.precision.fp8_base,
+            "full_fp16": False,
+            "full_bf16": False,
+            "weighting_scheme": timesteps.weighting_scheme,
+            "logit_mean": timesteps.logit_mean,
+            "logit_std": timesteps.logit_std,
+            "mode_scale": timesteps.mode_scale,
+            "guidance_scale": 1.0,
+            "timestep_sampling": timesteps.timestep_sampling,
+            "sigmoid_scale": timesteps.sigmoid_scale,
+            "discrete_flow_shift": timesteps.discrete_flow_shift,
+            "datasets": summary.metadata,
+            "sd_model_name": Path(options.dit.dit).name,
+        }
+        family = "wan2.2" if self.plan.config.boundary else "wan2.1"
+        bounds = (timesteps.min_timestep, timesteps.max_timestep)
+        name = options.saving.output_name
+        return training_metadata(values) | model_metadata(options.metadata, name, family, bounds)
+
+
+def predict(dit: nn.Module, config: WanConfig, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+    """Return the velocity [B 16 F H W] predicted at x_t [B 16 F H W] and t [B] under a batch's conditions."""
+    features = batch.clip if config.clip and config.images else None
+    if features is not None:
+        # Pictures of one video one after the other.
+        features = features.reshape(-1, *features.shape[-2:])
+    indices = None if batch.frame_indices is None else batch.frame_indices.tolist()
+    y = condition_latents(config, batch)
+    return dit(x_t, 1000 * t, batch.text, y=y, image_features=features, frame_indices=indices)
+
+
+def condition_latents(config: WanConfig, batch: Batch) -> Tensor | None:
+    """Return the channels that the DiT sees beside the noisy latents, [B 20 F H W] or [B 32 F H W], if any.
+
+    A Fun-Control model sees the control video and, without the mask, the latents of the first frame or nothing.
+    """
+    if not config.control:
+        return batch.latents_image if config.images else None
+    picture = torch.zeros_like(batch.latents_control)
+    if config.images:
+        picture[:, :, 0] = batch.latents_image[:, 4:, 0]
+    return torch.cat([batch.latents_control, picture], dim=1)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace each gradient by its mean over all processes; a branch that was dropped counts as a gradient of 0."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="mean")
+    for parameter, mean in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
+        parameter.grad = mean.view_as(parameter)
+
+
+def log_folder(options: LoggingOptions) -> Path | None:
+    """Return the folder for this run's TensorBoard logs, or None where none are asked for."""
+    if options.logging_dir is None:
+        if options.log_with is not None:
+            raise UserError(f"--log_with {options.log_with}: needs a folder", "add --logging_dir PATH")
+        return None
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("--logging_dir: tensorboard is not installed", "pip install tensorboard") from None
+    return options.logging_dir / f"{options.log_prefix}{time.strftime('%Y%m%d%H%M%S')}"
+
+
+def _agreed_seed(seed: int | None) -> int:
+    """Return the given seed, or one that is drawn and the same for all processes."""
+    if seed is not None:
+        return seed
+    drawn = [secrets.randbelow(2**32)]
+    broadcast_object_list(drawn)
+    return drawn[0]

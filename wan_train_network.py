@@ -1,0 +1,26 @@
+"""Train a LoRA for Wan2.1 on cached latents and texts.
+
+    accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 wan_train_network.py
+        --task t2v-1.3B --dit wan2.1_t2v_1.3B_bf16.safetensors --dataset_config data.toml --sdpa
+        --optimizer_type adamw8bit --learning_rate 2e-4 --gradient_checkpointing --network_dim 32
+        --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 16 --save_every_n_epochs 1
+        --seed 42 --output_dir loras --output_name name-of-lora
+
+Run wan_cache_latents.py and wan_cache_text_encoder_outputs.py with the same dataset file first.
+"""
+
+from dataclasses import fields
+
+from modules.preflight import TrainOptions
+from modules.trainer import LoggingOptions, make_trainer
+from utils.errors import run_script
+from utils.options import parse_options
+
+
+def main() -> None:
+    *groups, logs = parse_options(__doc__, *(field.type for field in fields(TrainOptions)), LoggingOptions)
+    make_trainer(TrainOptions(*groups), logs).run()
+
+
+if __name__ == "__main__":
+    run_script(main)
