@@ -1,4 +1,6 @@
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,15 @@ def test_metadata_tells_names_of_folders_but_not_where_they_are(tmp_path: Path):
     entry = dataset_metadata(load_config(write_toml(tmp_path / "d.toml", {}, dataset))[0])
     assert entry["video_directory"] == "walks" and entry["target_frames"] == [1, 81] and entry["source_fps"] == 24.0
     assert str(tmp_path) not in json.dumps(entry)
+
+
+def test_every_example_in_the_docs_is_a_valid_dataset_file(tmp_path: Path):
+    page = (Path(__file__).parent.parent / "docs" / "dataset_config.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(examples) >= 6 and all(load_config(config_text(tmp_path, text)) for text in examples)
+
+
+def test_the_docs_name_every_key(tmp_path: Path):
+    page = (Path(__file__).parent.parent / "docs" / "dataset_config.md").read_text(encoding="utf-8")
+    keys = {field.name for cls in (ImageConfig, VideoConfig) for field in fields(cls)} - {"where"}
+    assert {key for key in keys if f"`{key}`" not in page} == set()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dataset.cache import read_header
 from dataset.config import DatasetConfig, load_config
+from dataset.media import plan_items
 from modules.caching import (
     I2V,
     ONE_FRAME,
@@ -158,6 +159,21 @@ def test_skip_existing_makes_again_what_no_longer_fits(tmp_path: Path, encoders,
     assert "1 cache files to make: damaged" in caplog.text
     with_condition = cache_latents(configs, lambda: encoders, torch.float32, skipping, I2V)
     assert len(with_condition.written) == 2 and not with_condition.kept
+
+
+def test_a_cache_that_a_hasty_plan_does_not_know_is_not_deleted(tmp_path: Path, encoders, monkeypatch):
+    """Packets are counted in place of frames; where a packet holds two frames, the plan is too short."""
+    write_video(tmp_path / "v" / "a.mp4", frames=13)
+    (tmp_path / "v" / "a.txt").write_text("x")
+    dataset = {"video_directory": tmp_path / "v", "cache_directory": tmp_path / "cache"}
+    chunks = dataset | {"target_frames": [5], "frame_extraction": "chunk"}
+    configs = load_config(write_toml(tmp_path / "data.toml", GENERAL, chunks))
+    cache_latents(configs, lambda: encoders, torch.float32, QUIET)
+    names = cache_names(tmp_path)
+    monkeypatch.setattr("modules.caching.plan_items", lambda *given: plan_items(*given)[:1])
+    skipping = CachingOptions(device="cpu", skip_existing=True)
+    result = cache_latents(configs, not_loaded, torch.float32, skipping)
+    assert len(result.kept) == 2 and cache_names(tmp_path) == names and not result.deleted
 
 
 def test_a_changed_caption_is_encoded_again_and_equal_captions_once(tmp_path: Path, text_encoder, monkeypatch):
