@@ -63,6 +63,15 @@ class Files:
     latent: Path | None = None
 
 
+@dataclass(frozen=True)
+class Result:
+    """What becomes of one latent."""
+
+    files: Files
+    frames: int  # to keep of those that are decoded
+    metadata: Mapping[str, Any] | None = None
+
+
 def check_outputs(options: OutputOptions, results: int) -> None:
     """Raise UserError unless the results can be written where --save_path says; makes the folder."""
     path = options.save_path

@@ -270,6 +270,8 @@ def _pictures(options: PromptOptions, config: WanConfig) -> dict[str, Path | Non
     for name in ("image_path", "end_image_path"):
         if getattr(options, name) is not None:
             check_picture(getattr(options, name), f"--{name}")
+    if config.control and options.end_image_path is not None:
+        raise UserError(f"--end_image_path: is not available with {config.name}", fix="leave it out")
     if options.control_path is not None and not options.control_path.is_dir():
         require_file(options.control_path, "--control_path", "a control video")
     return {"image": options.image_path, "end_image": options.end_image_path, "control": options.control_path}

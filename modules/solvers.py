@@ -8,7 +8,6 @@ steps are counted, never looked up by their timestep, because timesteps may repe
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -136,18 +135,12 @@ def unipc_step(velocity: Tensor, x: Tensor, i: int, sigmas: tuple[float, ...], m
 SOLVERS: dict[str, StepFunction] = {"unipc": unipc_step, "dpm++": dpmpp_step, "vanilla": euler_step}
 
 
-@dataclass
 class Stepper:
     """A run taken one step at a time: `timesteps` to ask the model at, and `step` with its answer."""
 
-    solver: str
-    steps: int
-    shift: float
-    timesteps: Tensor = field(init=False)
-    sigmas: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.timesteps, self.sigmas = sigma_schedule(self.solver, self.steps, self.shift)
+    def __init__(self, solver: str, steps: int, shift: float):
+        self.timesteps, self.sigmas = sigma_schedule(solver, steps, shift)
+        self._advance = SOLVERS[solver]
         self._sigmas = tuple(self.sigmas.tolist())
         self._memory = Memory()
         self._done = 0
@@ -158,8 +151,7 @@ class Stepper:
 
     def step(self, velocity: Tensor, x: Tensor) -> Tensor:
         """Return x, float32, at the next sigma, from the model's velocity for x at this one."""
-        advance = SOLVERS[self.solver]
-        x, self._memory = advance(velocity.float(), x.float(), self._done, self._sigmas, self._memory)
+        x, self._memory = self._advance(velocity.float(), x.float(), self._done, self._sigmas, self._memory)
         self._done += 1
         return x
 

@@ -1,0 +1,394 @@
+"""Requests > embeddings > latents > pixels > files: the only path, with one model on the device at a time."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.media import MediaError, decoded_frames, load_image, resize_to_bucket
+from modules.caching import as_pixels, load_text_encoder
+from modules.guidance import CFG_SKIP_MODES, SLG_MODES, Scale, guidance_pattern, guided
+from modules.outputs import FrameWriter, Result, frame_writer, save_latent
+from modules.prompts import Request
+from modules.solvers import SOLVERS, Step, Velocity, sample
+from networks.formats import weight_deltas
+from utils.devices import compute_dtype, parse_dtype, release_memory
+from utils.errors import UserError
+from utils.options import option
+from wan.attention import ATTENTION_MODES
+from wan.clip import ClipOptions, load_clip
+from wan.conditioning import (
+    control_condition,
+    first_and_end_condition,
+    first_frame_condition,
+    first_last_condition,
+    i2v_size,
+)
+from wan.configs import WanConfig
+from wan.loading import DitOptions, dit_dtype, load_dit
+from wan.model import WanModel
+from wan.t5 import T5Options
+from wan.vae import VaeOptions, WanVAE, load_vae
+
+LATENT_CHANNELS = 16
+VAE_PIXELS, VAE_FRAMES = 8, 4  # pixels to a latent each way, and frames
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """how noise becomes a video"""
+
+    sample_solver: str = option("unipc", "the solver; vanilla is Euler's method", choices=tuple(SOLVERS))
+    cpu_noise: bool = option(False, "draw the noise on the CPU: the same on every device, and the same as ComfyUI's")
+    cfg_skip_mode: str = option(
+        "none", "which steps do without the negative prompt, in half the time", choices=CFG_SKIP_MODES
+    )
+    cfg_apply_ratio: float | None = option(None, "share of the steps that keep it, 0 to 1; for --cfg_skip_mode")
+    slg_mode: str | None = option(
+        None, "skip-layer guidance: added to the other (original), or in its place (uncond)", choices=SLG_MODES
+    )
+    slg_layers: str | None = option(None, "numbers of the DiT blocks to skip", metavar="N,N,...")
+    slg_scale: float = option(3.0, "weight of --slg_mode original")
+    slg_start: float = option(0.0, "share of the steps before skip-layer guidance begins")
+    slg_end: float = option(0.3, "share of the steps after which it ends")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """how the models run"""
+
+    device: str | None = option(None, "cuda, cuda:1, cpu; left out: CUDA where there is one")
+    attn_mode: str = option(
+        "torch", "attention kernel; all but torch and sdpa (the same) need a package", choices=ATTENTION_MODES
+    )
+    fp8: bool = option(False, "hold the DiT's linear weights as float8: half the memory, a little less exact")
+    fp8_scaled: bool = option(False, "the same with a scale for each 64 weights, which is more exact")
+    blocks_to_swap: int = option(0, "not available yet: DiT blocks held in main memory")
+    compile: bool = option(False, "not available yet: torch.compile for the DiT")
+    compile_args: tuple[str, str, str, str] | None = option(
+        None, "not available yet: settings of --compile", metavar=("BACKEND", "MODE", "DYNAMIC", "FULLGRAPH")
+    )
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA"""
+
+    lora_weight: tuple[Path, ...] = option((), "LoRA files of any key format, merged into the DiT while it loads")
+    lora_multiplier: tuple[float, ...] = option((), "strength of each LoRA in turn; those left out have 1.0")
+
+    def files(self) -> list[tuple[Path, float]]:
+        """Return the LoRA files with their multipliers."""
+        missing = len(self.lora_weight) - len(self.lora_multiplier)
+        if missing < 0:
+            raise UserError(
+                f"--lora_multiplier: {len(self.lora_multiplier)} numbers for {len(self.lora_weight)} LoRA files",
+                fix="give one number for each --lora_weight",
+            )
+        return list(zip(self.lora_weight, (*self.lora_multiplier, *[1.0] * missing), strict=True))
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models are and how they run; each is loaded when its stage comes, and freed after it."""
+
+    config: WanConfig
+    device: torch.device
+    dit: DitOptions
+    vae: VaeOptions
+    t5: T5Options
+    clip: ClipOptions
+    lora: LoraOptions
+    run: RunOptions
+
+    def load_dit(self) -> WanModel:
+        dtype = compute_dtype(dit_dtype(self.dit.dit), self.device)
+        loras = self.lora.files()
+        return load_dit(
+            self.dit.dit,
+            self.config,
+            dtype,
+            self.device,
+            deltas=weight_deltas(loras) if loras else None,
+            attn_mode=self.run.attn_mode,
+            fp8=self.run.fp8 or self.run.fp8_scaled,
+            fp8_scaled=self.run.fp8_scaled,
+        )
+
+    def load_vae(self) -> WanVAE:
+        dtype = parse_dtype(self.vae.vae_dtype) if self.vae.vae_dtype else compute_dtype(torch.bfloat16, self.device)
+        return load_vae(self.vae.vae, dtype, self.device, self.vae.vae_cache_cpu)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The embeddings of a request's two prompts."""
+
+    prompt: Tensor  # [n 4096]
+    negative: Tensor | None  # None where no step asks for it
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the DiT sees besides text and noise."""
+
+    y: Tensor | None = None  # [C f h w]: mask, image, control
+    image_features: Tensor | None = None  # [1 257 1280], or [2 257 1280] for a first and a last picture
+
+
+# ------------------------------------------------------------------------------------------------------ denoising
+def output_size(request: Request) -> tuple[int, int]:
+    """Return the (width, height) of the video: as asked for, or that area in the shape of the start image."""
+    if request.image is None:
+        return request.width, request.height
+    height, width = load_image(request.image).shape[:2]
+    return i2v_size(width, height, request.width * request.height)
+
+
+def output_frames(request: Request, config: WanConfig) -> int:
+    """Return the frames that are decoded: an end image that the model has no place for comes with four more."""
+    return request.frames + (VAE_FRAMES if request.end_image is not None and "last" not in config.images else 0)
+
+
+def draw_noise(frames: int, width: int, height: int, seed: int, device: torch.device, on_cpu: bool = False) -> Tensor:
+    """Return the noise [16 f h w] that a video of this size starts from, float32, on the device."""
+    where = torch.device("cpu") if on_cpu else device
+    generator = torch.Generator(where).manual_seed(seed)
+    shape = (LATENT_CHANNELS, (frames - 1) // VAE_FRAMES + 1, height // VAE_PIXELS, width // VAE_PIXELS)
+    return torch.randn(shape, generator=generator, device=where).to(device)
+
+
+def pattern_of(steps: int, sampling: SamplingOptions) -> str:
+    """Return which predictions each step asks for; without --slg_layers no layer is skipped."""
+    mode = sampling.slg_mode if sampling.slg_layers else None
+    return guidance_pattern(
+        steps, sampling.cfg_skip_mode, sampling.cfg_apply_ratio, mode, sampling.slg_start, sampling.slg_end
+    )
+
+
+def guidance_of(request: Request, config: WanConfig) -> Scale:
+    """Return the guidance scale: a number, or for the tasks of two noise ranges one that depends on the timestep."""
+    low, high = request.guidance_scale, request.guidance_scale_high_noise
+    if config.boundary is None or low == high:
+        return low
+    boundary = config.boundary * 1000
+    return lambda step: high if step.timestep >= boundary else low
+
+
+def needs_negative(pattern: str, scale: Scale) -> bool:
+    """Return whether some step computes a prediction from the negative prompt."""
+    return "S" in pattern or (scale != 1 and pattern.strip("C") != "")
+
+
+def skipped_blocks(sampling: SamplingOptions) -> tuple[int, ...]:
+    """Return the numbers in --slg_layers."""
+    try:
+        return tuple(int(word) for word in (sampling.slg_layers or "").split(",") if word.strip())
+    except ValueError:
+        raise UserError(f"--slg_layers {sampling.slg_layers}: not numbers", fix="write them as 9,10") from None
+
+
+@torch.inference_mode()
+def denoise(
+    dit: WanModel,
+    noise: Tensor,
+    texts: Texts,
+    condition: Condition,
+    steps: int,
+    shift: float,
+    scale: Scale,
+    sampling: SamplingOptions,
+    on_step: Callable[[Step, Tensor], None] = lambda step, x: None,
+) -> Tensor:
+    """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes."""
+
+    def predicting(text: Tensor | None, skip_blocks: tuple[int, ...] = ()) -> Velocity:
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            timestep = torch.tensor([step.timestep], device=x.device)
+            return dit(x, timestep, [text], y=y, image_features=features, skip_blocks=skip_blocks)
+
+        return velocity
+
+    y = None if condition.y is None else condition.y[None].to(noise.device)
+    features = None if condition.image_features is None else condition.image_features.to(noise.device)
+    velocity = guided(
+        pattern_of(steps, sampling),
+        conditional=predicting(texts.prompt),
+        unconditional=predicting(texts.negative),
+        skipped=predicting(texts.negative, skipped_blocks(sampling)),
+        scale=scale,
+        slg_scale=sampling.slg_scale,
+    )
+    return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step)[0]
+
+
+# --------------------------------------------------------------------------------------------------------- stages
+def generate(
+    requests: Sequence[Request], models: Models, sampling: SamplingOptions, results: Sequence[Result], fps: int
+) -> None:
+    """Make the requests into files, one stage and one model after the other; results: where each goes."""
+    texts = encode_prompts(requests, models, sampling)
+    release_memory(models.device)
+    features = encode_pictures(requests, models)
+    release_memory(models.device)
+    conditions, vae = [Condition()] * len(requests), None
+    if models.config.images or models.config.control:
+        vae = models.load_vae()
+        conditions = encode_conditions(requests, features, vae, models.config)
+        vae.to("cpu")
+        release_memory(models.device)
+    latents = denoise_all(requests, texts, conditions, models, sampling, results)
+    release_memory(models.device)
+    if any(result.files.video or result.files.images for result in results):
+        decode_all(latents, results, vae.to(models.device) if vae else models.load_vae(), fps)
+
+
+def encode_prompts(requests: Sequence[Request], models: Models, sampling: SamplingOptions) -> list[Texts]:
+    """Return the embeddings of all prompts; each different text is encoded once, and none that no step asks for."""
+    wanted = []
+    for request in requests:
+        scale = guidance_of(request, models.config)
+        negative = needs_negative(pattern_of(request.steps, sampling), scale)
+        wanted.append((request.prompt, request.negative_prompt if negative else None))
+    different = dict.fromkeys(text for pair in wanted for text in pair if text is not None)
+    t5 = load_text_encoder(models.t5, models.device)
+    encoded = {text: t5.encode([text])[0] for text in tqdm(different, desc="encoding prompts", unit="text")}
+    return [Texts(encoded[prompt], encoded.get(negative)) for prompt, negative in wanted]
+
+
+def encode_pictures(requests: Sequence[Request], models: Models) -> list[Tensor | None]:
+    """Return the CLIP features of each request's pictures, [n 257 1280]; None where the model sees none.
+
+    A model for a first and a last picture sees both; others have no place for the features of an end image.
+    """
+    config = models.config
+    if not (config.clip and config.images):
+        return [None] * len(requests)
+    pictures = [[request.image, request.end_image][: len(config.images)] for request in requests]
+    different = dict.fromkeys(path for paths in pictures for path in paths)
+    clip = load_clip(models.clip.clip, compute_dtype(torch.float16, models.device), models.device)
+    encoded = {
+        path: clip.encode(as_pixels(load_image(path))[None])[0]
+        for path in tqdm(different, desc="encoding pictures", unit="picture")
+    }
+    return [torch.stack([encoded[path] for path in paths]) for paths in pictures]
+
+
+def encode_conditions(
+    requests: Sequence[Request], features: Sequence[Tensor | None], vae: WanVAE, config: WanConfig
+) -> list[Condition]:
+    """Return what the DiT sees of each request's pictures and control video."""
+    progress = tqdm(requests, desc="encoding conditions", unit="video")
+    return [
+        Condition(encode_condition(request, vae, config), image_features)
+        for request, image_features in zip(progress, features, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def encode_condition(request: Request, vae: WanVAE, config: WanConfig) -> Tensor:
+    """Return the channels [C f h w] that the DiT sees beside the noise: of the pictures, of the control video."""
+    width, height = output_size(request)
+    y = None
+    if config.images:
+        first = picture_pixels(request.image, width, height)
+        if request.end_image is None:
+            y = first_frame_condition(vae, first, request.frames)
+        else:
+            lay_out = first_last_condition if "last" in config.images else first_and_end_condition
+            y = lay_out(vae, first, picture_pixels(request.end_image, width, height), request.frames)
+    if config.control:
+        frames = read_control(request.control, request.frames, width, height)
+        y = control_condition(vae.encode(as_pixels(frames)[None])[0], y)
+    return y
+
+
+def picture_pixels(path: Path, width: int, height: int) -> Tensor:
+    """Return a picture as pixels [3 H W] in [-1, 1], stretched to the size, not cropped."""
+    picture = load_image(path)
+    shrinking = height < picture.shape[0]
+    resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+    return as_pixels(resized[None])[:, 0]
+
+
+def read_control(path: Path, frames: int, width: int, height: int) -> np.ndarray:
+    """Return the first frames of a control video or folder of pictures, scaled and cropped: uint8 [F H W 3]."""
+    try:
+        read = list(itertools.islice(decoded_frames(path), frames))
+    except (MediaError, av.error.FFmpegError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--control_path {path}: cannot be read ({error})", fix="use an mp4 file") from None
+    if len(read) < frames:
+        raise UserError(
+            f"--control_path {path}: {len(read)} frames, the video is to have {frames}",
+            fix="use a longer one or a smaller --video_length",
+        )
+    return np.stack([resize_to_bucket(frame, (width, height)) for frame in read])
+
+
+def denoise_all(
+    requests: Sequence[Request],
+    texts: Sequence[Texts],
+    conditions: Sequence[Condition],
+    models: Models,
+    sampling: SamplingOptions,
+    results: Sequence[Result],
+) -> list[Tensor]:
+    """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
+    dit = models.load_dit()
+    latents = []
+    with tqdm(total=sum(request.steps for request in requests), desc="denoising", unit="step") as progress:
+        for request, text, condition, result in zip(requests, texts, conditions, results, strict=True):
+            width, height = output_size(request)
+            frames = output_frames(request, models.config)
+            latent = denoise(
+                dit,
+                draw_noise(frames, width, height, request.seed, models.device, sampling.cpu_noise),
+                text,
+                condition,
+                request.steps,
+                request.flow_shift,
+                guidance_of(request, models.config),
+                sampling,
+                on_step=lambda step, x: progress.update(),
+            ).cpu()
+            if not bool(torch.isfinite(latent).all()):
+                raise UserError(
+                    f"--seed {request.seed}: the latents are not finite", fix="use --dit weights in bf16, or no --fp8"
+                )
+            if result.files.latent:
+                save_latent(result.files.latent, latent, result.metadata)
+            latents.append(latent)
+    return latents
+
+
+def decode_all(latents: Sequence[Tensor], results: Sequence[Result], vae: WanVAE, fps: int) -> None:
+    """Decode latents [16 f h w] into the videos and pictures of their results, frame by frame."""
+    with tqdm(total=sum(decoded_frame_count(latent) for latent in latents), desc="decoding", unit="frame") as progress:
+        for latent, result in zip(latents, results, strict=True):
+            with frame_writer(result.files, result.frames, fps, result.metadata) as write:
+
+                def write_all(pixels: Tensor, write: FrameWriter = write) -> None:
+                    for frame in as_frames(pixels[0]):
+                        write(frame)
+                        progress.update()
+
+                vae.decode(latent[None], on_frames=write_all)
+
+
+def as_frames(pixels: Tensor) -> np.ndarray:
+    """Return pixels [3 F H W] in [-1, 1] as frames uint8 [F H W 3], rounded."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return rearrange(levels, "c f h w -> f h w c").cpu().numpy()
+
+
+def decoded_frame_count(latent: Tensor) -> int:
+    """Return how many frames a latent [16 f h w] decodes to."""
+    return VAE_FRAMES * (latent.shape[1] - 1) + 1

@@ -1,0 +1,247 @@
+"""What a generation run will do: checked before the first model loads, named file by file, described for metadata."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from importlib import metadata as installed
+from pathlib import Path
+from typing import Any
+
+import toml
+import torch
+
+from modules.generation import (
+    Models,
+    RunOptions,
+    SamplingOptions,
+    decode_all,
+    decoded_frame_count,
+    output_frames,
+    output_size,
+    read_control,
+    skipped_blocks,
+)
+from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
+from modules.prompts import PATCH_PIXELS, Request
+from modules.solvers import sigma_schedule
+from networks.formats import weight_deltas
+from utils.errors import UserError
+from utils.files import require_file
+from utils.safetensors_io import open_tensors
+from wan.attention import check_attention
+from wan.configs import WanConfig
+from wan.loading import check_dit, check_fp8
+from wan.model import WanModel, WanShape
+from wan.vae import vae_shape
+from wan.weights import describe, wrong_kind
+
+logger = logging.getLogger(__name__)
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+def check_generation(
+    requests: Sequence[Request], models: Models, sampling: SamplingOptions, outputs: OutputOptions
+) -> None:
+    """Raise UserError for whatever would otherwise be found out after a model has loaded; log what will be made."""
+    _check_run(models.run)
+    _check_sampling(requests, sampling)
+    shape = check_dit(models.dit.dit, models.config)
+    check_fp8(models.dit.dit, models.run.fp8 or models.run.fp8_scaled, models.run.fp8_scaled)
+    blocks = [block for block in skipped_blocks(sampling) if not 0 <= block < shape.blocks]
+    if blocks:
+        raise UserError(
+            f"--slg_layers {sampling.slg_layers}: there is no block {blocks[0]}",
+            fix=f"this DiT's blocks are 0 to {shape.blocks - 1}",
+        )
+    _check_loras(models, shape)
+    _check_encoders(models, shape)
+    if needs_vae(models.config, outputs):
+        check_vae(models)
+    for request in requests:
+        if request.control is not None:
+            read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
+        _log_request(request, models.config)
+
+
+def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
+    """Return whether anything is encoded to latents or decoded from them."""
+    parts, _ = OUTPUT_TYPES[outputs.output_type]
+    return bool(config.images) or config.control or parts != ("latent",)
+
+
+def check_vae(models: Models) -> None:
+    """Raise UserError unless --vae is the Wan2.1 VAE."""
+    with open_tensors(models.vae.vae, "--vae", "the weights of the Wan2.1 VAE") as weights:
+        vae_shape(weights, f"--vae {models.vae.vae}")
+
+
+def _check_run(run: RunOptions) -> None:
+    if run.blocks_to_swap:
+        raise UserError("--blocks_to_swap: is not available yet", fix="--fp8 halves the DiT's memory")
+    if run.compile or run.compile_args:
+        raise UserError(f"--compile{'' if run.compile else '_args'}: is not available yet", fix="leave it out")
+    check_attention(run.attn_mode, f"--attn_mode {run.attn_mode}")
+
+
+def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> None:
+    ratio = sampling.cfg_apply_ratio
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise UserError(f"--cfg_apply_ratio {ratio}: must be from 0 to 1", fix="0.5 leaves out every other step")
+    if sampling.cfg_skip_mode != "none" and ratio is None:
+        logger.warning("--cfg_skip_mode %s: ignored without --cfg_apply_ratio", sampling.cfg_skip_mode)
+    if ratio is not None and sampling.cfg_skip_mode == "none":
+        logger.warning("--cfg_apply_ratio %s: ignored without --cfg_skip_mode", ratio)
+    if sampling.slg_mode and not skipped_blocks(sampling):
+        logger.warning("--slg_mode %s: ignored without --slg_layers", sampling.slg_mode)
+    if sampling.slg_layers and not sampling.slg_mode:
+        logger.warning("--slg_layers %s: ignored without --slg_mode", sampling.slg_layers)
+    for request in requests:
+        sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift)
+
+
+def _check_loras(models: Models, shape: WanShape) -> None:
+    """Raise UserError for a LoRA that cannot be read, or that was made for another model."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(shape).named_parameters()}
+    fix = f"use a LoRA that was trained for {models.config.name}"
+    for path, multiplier in models.lora.files():
+        where, deltas = f"--lora_weight {path}", weight_deltas([(path, multiplier)])
+        unknown = sorted(deltas.keys() - shapes.keys())
+        if unknown:
+            raise UserError(f"{where}: {len(unknown)} of its layers are not in the DiT, e.g. {unknown[0]}", fix)
+        name, delta = next(iter(deltas.items()))
+        size = tuple(delta().shape)
+        if size != shapes[name]:
+            raise UserError(f"{where}: made for a model of another size: {name} is {size}, not {shapes[name]}", fix)
+
+
+def _check_encoders(models: Models, shape: WanShape) -> None:
+    """Raise UserError unless --t5 and, where it is needed, --clip are what they should be."""
+    with open_tensors(models.t5.t5, "--t5", "the weights of the text encoder") as weights:
+        keys, where = weights.keys(), f"--t5 {models.t5.t5}"
+        if describe(keys) != "a T5 text encoder":
+            raise wrong_kind(where, weights, "umT5's text encoder", "use models_t5_umt5-xxl-enc-bf16.pth")
+        widths = [weights.shape(key)[1] for key in keys if key.endswith(("token_embedding.weight", "shared.weight"))]
+    if widths and widths[0] != shape.text_dim:
+        raise UserError(
+            f"{where}: makes features of {widths[0]} channels, the DiT takes {shape.text_dim}",
+            fix="use the text encoder that belongs to the DiT",
+        )
+    tokenizer = models.t5.t5_tokenizer
+    if tokenizer is not None and not tokenizer.is_dir():
+        require_file(tokenizer, "--t5_tokenizer", "a tokenizer")
+    if models.config.clip and models.config.images:
+        with open_tensors(models.clip.clip, "--clip", "the weights of the CLIP image encoder") as weights:
+            if describe(weights.keys()) != "a CLIP image encoder":
+                wanted, fix = "the CLIP image encoder", "use the CLIP file that docs/wan.md names"
+                raise wrong_kind(f"--clip {models.clip.clip}", weights, wanted, fix)
+
+
+def _log_request(request: Request, config: WanConfig) -> None:
+    asked = f"--video_size {request.height} {request.width}: {request.height} high, {request.width} wide"
+    width, height = output_size(request)
+    if (width, height) != (request.width, request.height):
+        asked += f"; in the shape of the start image {height} high, {width} wide"
+    frames = output_frames(request, config)
+    logger.info(
+        "%s, %d frame%s, %d steps, shift %g, guidance %g, seed %d",
+        asked,
+        frames,
+        "s" * (frames > 1),
+        request.steps,
+        request.flow_shift,
+        request.guidance_scale,
+        request.seed,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- results
+def plan_results(
+    requests: Sequence[Request], models: Models, sampling: SamplingOptions, outputs: OutputOptions
+) -> list[Result]:
+    """Return where each request's latent goes, with the metadata that say how it was made."""
+    kept = [max(output_frames(request, models.config) - outputs.trim_tail_frames, 1) for request in requests]
+    files = plan_files(outputs, list(zip([request.seed for request in requests], kept, strict=True)))
+    run = {} if outputs.no_metadata else describe_run(models, sampling)
+    return [
+        Result(places, frames, None if outputs.no_metadata else {**describe_request(request, models, sampling), **run})
+        for request, places, frames in zip(requests, files, kept, strict=True)
+    ]
+
+
+def describe_request(request: Request, models: Models, sampling: SamplingOptions) -> dict[str, Any]:
+    """Return a request as metadata; the names are musubi-tuner's where it has one."""
+    described = {
+        "seeds": request.seed,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "video_length": request.frames,
+        "infer_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "flow_shift": request.flow_shift,
+    }
+    if request.guidance_scale_high_noise != request.guidance_scale:
+        described["guidance_scale_high_noise"] = request.guidance_scale_high_noise
+    pictures = {"image_path": request.image, "end_image_path": request.end_image, "control_path": request.control}
+    described.update({name: str(path) for name, path in pictures.items() if path is not None})
+    return described
+
+
+def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
+    """Return what all requests of a run have in common, as metadata: weights by name, LoRA files also by hash."""
+    defaults = SamplingOptions()
+    described = {
+        "task": models.config.name,
+        "sample_solver": sampling.sample_solver,
+        **{name: value for name, value in vars(sampling).items() if value != getattr(defaults, name)},
+        "dit": models.dit.dit.name,
+        "vae": models.vae.vae.name if models.vae.vae else None,
+        "t5": models.t5.t5.name,
+        "clip": models.clip.clip.name if models.clip.clip else None,
+        "attn_mode": models.run.attn_mode,
+        "fp8": ("scaled" if models.run.fp8_scaled else "plain") if models.run.fp8 or models.run.fp8_scaled else None,
+        "lora": [
+            {"file": path.name, "sha256": file_hash(path), "multiplier": multiplier}
+            for path, multiplier in models.lora.files()
+        ],
+        "software": f"wan-tuner {project_version()}",
+    }
+    return {name: value for name, value in described.items() if value not in (None, [])}
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def project_version() -> str:
+    """Return the version of this code: of the checkout it runs from, else of the installed package."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if project.is_file():
+        return toml.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    return installed.version("wan-tuner")
+
+
+# -------------------------------------------------------------------------------------------------- saved latents
+def decode_files(models: Models, outputs: OutputOptions) -> None:
+    """Decode the latents of --latent_path, whose metadata go on into the files."""
+    if "latent" in OUTPUT_TYPES[outputs.output_type][0]:
+        raise UserError(f"--output_type {outputs.output_type}: the latent is there already", fix="use video or images")
+    check_outputs(outputs, len(outputs.latent_path))
+    loaded = [load_latent(path) for path in outputs.latent_path]
+    check_vae(models)
+    kept = [max(decoded_frame_count(latent) - outputs.trim_tail_frames, 1) for latent, _ in loaded]
+    named = [(metadata.get("seeds", 0), frames) for (_, metadata), frames in zip(loaded, kept, strict=True)]
+    results = [
+        Result(files, frames, None if outputs.no_metadata else metadata)
+        for files, frames, (_, metadata) in zip(
+            plan_files(outputs, named, outputs.latent_path), kept, loaded, strict=True
+        )
+    ]
+    decode_all([latent for latent, _ in loaded], results, models.load_vae(), outputs.fps)

@@ -1,0 +1,47 @@
+"""Make videos and pictures from prompts.
+
+python wan_generate_video.py --task t2v-1.3B --prompt "a cat walks on grass" --video_size 480 832 --save_path cat.mp4 \\
+    --dit wan2.1_t2v_1.3B_bf16.safetensors --vae wan_2.1_vae.safetensors --t5 models_t5_umt5-xxl-enc-bf16.pth
+
+For image to video add --task i2v-14B --clip PATH --image_path PATH. docs/wan.md walks through all tasks.
+"""
+
+from modules.generation import LoraOptions, Models, RunOptions, SamplingOptions, generate
+from modules.generation_plan import check_generation, decode_files, plan_results
+from modules.outputs import OutputOptions, check_outputs
+from modules.prompts import PromptOptions, read_requests
+from utils.devices import default_device
+from utils.errors import run_script
+from utils.options import parse_options
+from wan.clip import ClipOptions
+from wan.configs import TASKS
+from wan.loading import DitOptions
+from wan.t5 import T5Options
+from wan.vae import VaeOptions
+
+
+def main() -> None:
+    prompts, outputs, sampling, lora, dit, vae, t5, clip, run = parse_options(
+        __doc__,
+        PromptOptions,
+        OutputOptions,
+        SamplingOptions,
+        LoraOptions,
+        DitOptions,
+        VaeOptions,
+        T5Options,
+        ClipOptions,
+        RunOptions,
+    )
+    models = Models(TASKS[dit.task], default_device(run.device), dit, vae, t5, clip, lora, run)
+    if outputs.latent_path:
+        decode_files(models, outputs)
+        return
+    requests = read_requests(prompts, models.config)
+    check_outputs(outputs, len(requests))
+    check_generation(requests, models, sampling, outputs)
+    generate(requests, models, sampling, plan_results(requests, models, sampling, outputs), outputs.fps)
+
+
+if __name__ == "__main__":
+    run_script(main)
