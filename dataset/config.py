@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,6 +96,11 @@ def load_config(path: Path | str | None, batch_size: int | None = None) -> list[
     configs = [_dataset(report, entry, number, {**fallback, **shared}) for number, entry in entries]
     _refuse_shared_caches(configs)
     return configs
+
+
+def clip_lengths(target_frames: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths rounded down to 4 n + 1, which is what the VAE encodes, sorted and each once."""
+    return tuple(sorted({(frames - 1) // 4 * 4 + 1 for frames in target_frames}))
 
 
 def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
@@ -247,7 +252,11 @@ def _dataset(report: "_Report", entry: Mapping[str, Any], number: int, fallback:
         raise UserError(f"{report.path}: {table}: cache_directory is missing; a JSONL dataset needs one")
     values.setdefault("cache_directory", source[0])
     if is_video:
-        values["target_frames"] = _clip_lengths(values.get("target_frames", (1,)), f"{report.path}: {table}")
+        wanted = values.get("target_frames", VideoConfig.target_frames)
+        values["target_frames"] = clip_lengths(wanted)
+        if values["target_frames"] != wanted:
+            place, read = report.place(table, "target_frames"), list(values["target_frames"])
+            logger.warning("%s = %s was read as %s", place, list(wanted), read)
     elif not values.get("enable_bucket", False):
         _refuse_odd_resolution(report, table, values.get("resolution", DatasetConfig.resolution))
     _check_one_frame(f"{report.path}: {table}", values)
@@ -266,14 +275,6 @@ def _translated(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
                 continue
         translated[new] = value
     return translated
-
-
-def _clip_lengths(target_frames: tuple[int, ...], where: str) -> tuple[int, ...]:
-    """Return the lengths rounded down to 4 n + 1, which is what the VAE encodes, sorted and each once."""
-    lengths = tuple(sorted({(frames - 1) // 4 * 4 + 1 for frames in target_frames}))
-    if lengths != target_frames:
-        logger.warning("%s: target_frames = %s was read as %s", where, list(target_frames), list(lengths))
-    return lengths
 
 
 def _refuse_odd_resolution(report: "_Report", table: str, resolution: tuple[int, int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dataset.buckets import choose_bucket
-from dataset.config import DatasetConfig, VideoConfig
+from dataset.config import DatasetConfig, VideoConfig, clip_lengths
 from dataset.items import IMAGE_SUFFIXES, DatasetItem, Source, media_in
 
 FPS = 16  # what Wan's videos run at
@@ -127,13 +127,13 @@ def frame_windows(
 ) -> list[tuple[int, int]]:
     """Return the clips (first frame, number of frames) that a video of `frames` frames gives.
 
-    target_frames: the lengths wanted, 4 n + 1 each; a video shorter than one of them gives no clip of it.
+    target_frames: the lengths wanted, rounded down to 4 n + 1; a video shorter than one gives no clip of it.
     """
     if extraction == "full":
         length = (min(frames, max_frames) - 1) // 4 * 4 + 1
         return [(0, length)] if length > 0 else []
     windows = []
-    for length in target_frames:
+    for length in clip_lengths(target_frames):
         room = frames - length  # the last possible start
         if room < 0:
             continue
