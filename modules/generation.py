@@ -168,7 +168,7 @@ def draw_noise(frames: int, width: int, height: int, seed: int, device: torch.de
 
 def pattern_of(steps: int, sampling: SamplingOptions) -> str:
     """Return which predictions each step asks for; without --slg_layers no layer is skipped."""
-    mode = sampling.slg_mode if sampling.slg_layers else None
+    mode = sampling.slg_mode if skipped_blocks(sampling) else None
     return guidance_pattern(
         steps, sampling.cfg_skip_mode, sampling.cfg_apply_ratio, mode, sampling.slg_start, sampling.slg_end
     )
