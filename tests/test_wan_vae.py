@@ -200,30 +200,38 @@ def test_each_video_of_a_batch_is_encoded_and_decoded_as_if_alone(vae, video):
 def test_a_cache_in_main_memory_changes_nothing(vae, video, monkeypatch):
     latents = vae.encode(video)
     pixels = vae.decode(latents)
-    devices = set()
+    monkeypatch.setattr(vae, "cache_cpu", True)
+    assert torch.equal(vae.encode(video), latents)
+    assert torch.equal(vae.decode(latents), pixels)
+
+
+def test_frames_wait_on_their_device_or_are_brought_to_main_memory(vae):
+    frames = torch.empty(1, 1, 2, 2, 2, device="meta")  # stands for a device; copying from it is an error
+    cache = vae_layers.FrameCache()
+    cache.keep(vae.encoder.conv1, frames)
+    assert cache.take(vae.encoder.conv1, frames.device).device.type == "meta"
+    with pytest.raises(NotImplementedError, match="meta"):
+        vae_layers.FrameCache(in_main_memory=True).keep(vae.encoder.conv1, frames)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_results_are_where_the_inputs_are_and_the_cache_where_it_is_asked_to_be(video, monkeypatch):
+    vae, on_gpu = build_vae(tiny.state_dict("vae")), build_vae(tiny.state_dict("vae")).to("cuda")
+    latents, devices = vae.encode(video), set()
     original = vae_layers.FrameCache.keep
 
     def keep(cache, layer, frames):
         original(cache, layer, frames)
-        devices.update((cache.in_main_memory, kept.device.type) for kept in cache._frames.values())
+        devices.update(kept.device.type for kept in cache._frames.values())
 
     monkeypatch.setattr(vae_layers.FrameCache, "keep", keep)
-    monkeypatch.setattr(vae, "cache_cpu", True)
-    assert torch.equal(vae.encode(video), latents)
-    assert torch.equal(vae.decode(latents), pixels)
-    assert devices == {(True, "cpu")}
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_cache_waits_where_it_is_asked_to_and_inputs_may_stay_in_main_memory(video):
-    vae = build_vae(tiny.state_dict("vae"))
-    latents = vae.encode(video)
-    on_gpu = build_vae(tiny.state_dict("vae")).to("cuda")
-    for cache_cpu in (False, True):
+    for cache_cpu, device in ((False, "cuda"), (True, "cpu")):
         on_gpu.cache_cpu = cache_cpu
+        devices.clear()
         got = on_gpu.encode(video)
-        assert got.device.type == "cpu" and error(got, latents) < 2e-3  # TF32 convolutions
+        assert got.device.type == "cpu" and error(got, latents) < 5e-3  # TF32 convolutions
         assert on_gpu.decode(latents.cuda()).device.type == "cuda"
+        assert devices == {device}
 
 
 def test_an_image_leaves_nothing_in_the_cache(vae, video, monkeypatch):

@@ -195,9 +195,8 @@ def _build(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _TIED}
     check_names(where, expected, {name: weights.shape(key) for name, key in keys.items()})
     for name in expected:
-        linear = isinstance(model.get_submodule(name.rpartition(".")[0]), Float8Linear)
-        tensor = weights.get(keys[name])
-        if linear:
+        tensor = weights.get(keys[name]).to(device)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), Float8Linear):
             place(model, name, cast_weight(tensor), FLOAT8, device)
         else:
             place(model, name, tensor, dtype, device)
