@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import subprocess
 import sys
 
 import pytest
@@ -121,3 +122,19 @@ def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
 def test_a_pickle_without_tensors_is_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "x.pth")
     assert "no named tensors" in line(lambda: open_tensors(tmp_path / "x.pth", "--t5"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file size limit stands in for a full disk")
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_behind(tmp_path):
+    code = f"""
+import resource, signal, torch
+from utils.errors import run_script
+from utils.safetensors_io import save_file_atomically
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+run_script(lambda: save_file_atomically({{"a": torch.zeros(10_000)}}, {str(tmp_path / "a.safetensors")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "a.safetensors: cannot be written (File too large)" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Errors that people cause and can mend, and how a script ends."""
 
+import errno
 import logging
 import os
 import sys
@@ -46,11 +47,12 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        reason = _NO_ROOM.get(error.errno)
+        if reason is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(f"{script}: error: the disk is full{where}. Free some space and run again.", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{script}: error: {where}cannot be written ({reason}). Free some space and run again.", file=sys.stderr)
         sys.exit(2)
 
 
-_FULL_DISK = (28, 112, 122)  # ENOSPC, Windows' ERROR_DISK_FULL, EDQUOT
+_NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "File too large"}

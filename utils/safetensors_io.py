@@ -1,6 +1,7 @@
 """Weight files read tensor by tensor, and safetensors files written whole or not at all."""
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -103,9 +104,18 @@ def read_metadata(path: Path | str, option: str = "file") -> dict[str, str]:
 def save_file_atomically(
     tensors: Mapping[str, Tensor], path: Path | str, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file under a temporary name and rename it once it is on the disk."""
+    """Write a safetensors file under a temporary name and rename it once it is on the disk.
+
+    Raises OSError, also when the disk is full, which the library reports as an error of its own.
+    """
     with atomic_path(Path(path)) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _shards(path: Path, option: str) -> list[Path]:

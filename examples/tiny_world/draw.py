@@ -7,12 +7,11 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from examples.tiny_world.world import COLORS, MOTIONS, SHAPES, random_scene
 from examples.tiny_world.world import draw as draw_scene
-from modules.outputs import save_video
+from modules.outputs import Files, frame_writer
 from utils.errors import UserError, run_script
 from utils.options import option, parse_options
 
@@ -56,7 +55,9 @@ def main() -> None:
     for i in tqdm(range(options.clips), desc="draw", unit="clip"):
         scene = replace(random_scene(rng), striped=options.striped, **fixed)
         caption = scene.caption.replace(scene.shape, options.name) if options.name else scene.caption
-        save_video(np.asarray(draw_scene(scene, options.frames, options.size)), clips / f"{i:03d}.mp4", fps=16)
+        with frame_writer(Files(video=clips / f"{i:03d}.mp4"), options.frames, fps=16, metadata=None) as write:
+            for frame in draw_scene(scene, options.frames, options.size):
+                write(frame)
         (clips / f"{i:03d}.txt").write_text(caption + "\n", encoding="utf-8")
     config = options.folder / "dataset.toml"
     folder = options.folder.as_posix()

@@ -1,0 +1,95 @@
+"""The drawn world: what the caption says is what one sees."""
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.config import load_config
+from examples.tiny_world.contact_sheet import sheet
+from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, draw, random_scene
+
+SCENE = Scene("red", "circle", "stays still", "black")
+
+
+def inside(clip: np.ndarray, scene: Scene) -> np.ndarray:
+    """Return which pixels are nearer to the shape's colour than to the background's."""
+    far = [
+        np.linalg.norm(clip.astype(float) - color, axis=-1)
+        for color in (COLORS[scene.color], BACKGROUNDS[scene.background])
+    ]
+    return far[0] < far[1]
+
+
+def centers(mask: np.ndarray) -> np.ndarray:
+    """Return the centre (x, y) of each frame's shape in pixels."""
+    return np.array([np.argwhere(frame).mean(0)[::-1] for frame in mask])
+
+
+@pytest.mark.parametrize(
+    ("motion", "way"), [("moves right", (1, 0)), ("moves left", (-1, 0)), ("moves down", (0, 1)), ("moves up", (0, -1))]
+)
+def test_a_shape_moves_where_the_caption_says(motion, way):
+    scene = replace(SCENE, motion=motion, place=0.5)
+    steps = np.diff(centers(inside(draw(scene), scene)), axis=0)
+    along, across = steps @ np.array(way), steps @ np.array(way)[::-1]
+    assert (along > 1).all() and (abs(across) < 0.2).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_in_the_picture_and_grows_shrinks_and_turns(shape):
+    area = {motion: inside(draw(replace(SCENE, shape=shape, motion=motion)), SCENE).sum((1, 2)) for motion in MOTIONS}
+    assert all((pixels > 60).all() for pixels in area.values())
+    assert (np.diff(area["grows"]) >= 0).all() and area["grows"][-1] > 3 * area["grows"][0]
+    assert (np.diff(area["shrinks"]) <= 0).all() and area["shrinks"][0] > 3 * area["shrinks"][-1]
+    spun = draw(replace(SCENE, shape=shape, motion="spins"))
+    assert (spun[0] == spun[4]).all() == (shape in ("circle", "ring"))
+
+
+def test_no_two_shapes_look_alike():
+    masks = {shape: inside(draw(replace(SCENE, shape=shape), 1), SCENE)[0] for shape in SHAPES}
+    for a in SHAPES:
+        for b in SHAPES:
+            overlap = (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum()
+            assert (overlap > 0.9) == (a == b), (a, b, overlap)
+
+
+def test_a_seed_gives_the_same_scenes():
+    assert [random_scene(random.Random(3)) for _ in range(2)] == [random_scene(random.Random(3))] * 2
+    assert SCENE.caption == "a red circle stays still on a black background"
+    assert replace(SCENE, color="orange").caption.startswith("an orange")
+
+
+def test_clips_are_h264_files_with_captions_and_a_config_that_loads(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "examples.tiny_world.draw",
+        "--folder",
+        str(tmp_path),
+        "--clips",
+        "2",
+        "--shape",
+        "star",
+    ]
+    done = subprocess.run([*command, "--name", "zorb", "--striped"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "zorb" in (tmp_path / "clips" / "001.txt").read_text()
+    with av.open(str(tmp_path / "clips" / "001.mp4")) as video:
+        stream = video.streams.video[0]
+        assert stream.codec_context.name == "h264" and float(stream.average_rate) == 16
+        assert len([*video.decode(stream)]) == 17
+    (config,) = load_config(tmp_path / "dataset.toml")
+    assert config.target_frames == (17,) and config.resolution == (64, 64)
+
+
+def test_a_contact_sheet_has_a_row_for_each_video():
+    rows = [[Image.new("RGB", (32, 32), color)] * 9 for color in ("red", "blue")]
+    picture = np.asarray(sheet(rows, ("first", "second"), columns=4, height=64))
+    assert picture.shape[1] == 4 * 68 + 4
+    assert (picture[60, 40] == (255, 0, 0)).all() and (picture[150, 40] == (0, 0, 255)).all()
