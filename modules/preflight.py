@@ -14,16 +14,21 @@ from dataset.config import DatasetOptions, load_config
 from dataset.loader import CachedDataset, CachedItem
 from modules.checkpoints import MetadataOptions, SavingOptions, check_saving
 from modules.flow_matching import TimestepOptions, check_timesteps
+from modules.generation import RunOptions
 from modules.optimizers import OptimizerOptions, check_optimizer
+from modules.samples import SampleOptions, SamplePlan, plan_samples
 from networks.formats import deltas, read_lora
 from networks.lora import LoRANetwork
 from utils.devices import FLOAT8, dtype_name
 from utils.errors import UserError
 from utils.options import option, suggest
 from wan.attention import check_attention
+from wan.clip import ClipOptions
 from wan.configs import TASKS, WanConfig
 from wan.loading import Deltas, DitOptions, check_dit, check_fp8, dit_dtype
 from wan.model import WanModel, WanShape
+from wan.t5 import T5Options
+from wan.vae import VaeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +116,10 @@ class TrainOptions:
     network: NetworkOptions
     saving: SavingOptions
     metadata: MetadataOptions
+    samples: SampleOptions
+    vae: VaeOptions
+    t5: T5Options
+    clip: ClipOptions
     later: LaterOptions
 
 
@@ -127,6 +136,7 @@ class Plan:
     mixed_precision: str
     dtype: torch.dtype  # that the DiT computes in
     attn_mode: str
+    samples: SamplePlan | None
 
 
 def check(options: TrainOptions, seed: int, device: torch.device) -> Plan:
@@ -147,7 +157,16 @@ def check(options: TrainOptions, seed: int, device: torch.device) -> Plan:
         check_caches(items, config, shape)
     check_optimizer(options.optimizer, device)
     network, base_deltas = _make_network(options.network, shape, seed)
-    return Plan(options, config, seed, data, network, base_deltas, mixed_precision, dtype, attn_mode)
+    run = RunOptions(fp8=options.precision.fp8_base, fp8_scaled=options.precision.fp8_scaled, attn_mode=attn_mode)
+    samples = plan_samples(
+        options.samples,
+        options.dit,
+        (options.vae, options.t5, options.clip),
+        run,
+        device,
+        (options.saving.output_dir, options.saving.output_name),
+    )
+    return Plan(options, config, seed, data, network, base_deltas, mixed_precision, dtype, attn_mode, samples)
 
 
 def _refuse_later(options: TrainOptions) -> None:

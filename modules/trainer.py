@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from modules.checkpoints import Checkpoints, model_metadata, new_session, traini
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.optimizers import make_optimizer, make_schedule
 from modules.preflight import Plan, TrainOptions, check
+from modules.samples import Sampler
 from utils.errors import UserError
 from utils.options import option
 from wan.configs import WanConfig
@@ -43,7 +45,8 @@ class LoggingOptions:
 def make_trainer(options: TrainOptions, logs: LoggingOptions) -> "Trainer":
     """Check everything, load the DiT and return the run, on this process or on one of several that were launched."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)
+    # The other processes wait for samples and files of the first one, which may take longer than the usual minutes.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
     if not state.is_main_process:
         logging.disable(logging.WARNING)
     folder = log_folder(logs)
@@ -59,6 +62,9 @@ def make_trainer(options: TrainOptions, logs: LoggingOptions) -> "Trainer":
         accelerator.init_trackers(logs.log_tracker_name)
     for line in plan.data.summary().lines():
         logger.info("%s", line)
+    # Before the DiT: the encoders of prompts and pictures are not in memory beside it.
+    sampler = Sampler(plan.samples) if plan.samples and accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
     dit = load_dit(
         options.dit.dit,
         plan.config,
@@ -70,15 +76,15 @@ def make_trainer(options: TrainOptions, logs: LoggingOptions) -> "Trainer":
         fp8=options.precision.fp8_base,
         fp8_scaled=options.precision.fp8_scaled,
     )
-    return Trainer(plan, dit, accelerator)
+    return Trainer(plan, dit, accelerator, sampler)
 
 
 class Trainer:
     """A run in progress: what is trained, by what, and how far it is."""
 
-    def __init__(self, plan: Plan, dit: WanModel, accelerator: Accelerator):
+    def __init__(self, plan: Plan, dit: WanModel, accelerator: Accelerator, sampler: Sampler | None = None):
         options, training = plan.options, plan.options.training
-        self.plan, self.accelerator, self.dit = plan, accelerator, dit
+        self.plan, self.accelerator, self.dit, self.sampler = plan, accelerator, dit, sampler
         self.dit.gradient_checkpointing = options.precision.gradient_checkpointing
         self.network = plan.network.to(accelerator.device).train()
         self.network.attach(dit)
@@ -104,6 +110,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the end and save the LoRA."""
         self.log_start()
+        self.sample(epoch=0)
         progress = tqdm(total=self.total_steps, desc="steps", disable=not self.accelerator.is_main_process)
         for epoch in range(self.epochs):
             logger.info("epoch %d/%d", epoch + 1, self.epochs)
@@ -165,6 +172,7 @@ class Trainer:
         return dict(zip(names, self.network.scale_norms(limit), strict=True))
 
     def after_step(self, epoch: int) -> None:
+        self.sample()
         every = self.plan.options.saving.save_every_n_steps
         if every and self.step % every == 0 and self.accelerator.is_main_process:
             self.checkpoints.save_step(self.network.state_dict(), self.step, epoch)
@@ -173,6 +181,12 @@ class Trainer:
         every = self.plan.options.saving.save_every_n_epochs
         if every and epoch % every == 0 and epoch < self.epochs and self.accelerator.is_main_process:
             self.checkpoints.save_epoch(self.network.state_dict(), self.step, epoch)
+        self.sample(epoch)
+
+    def sample(self, epoch: int | None = None) -> None:
+        """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
+        if self.sampler and self.sampler.due(self.step, epoch):
+            self.sampler.make(self.dit, self.network, self.step, epoch)
 
     def rates(self) -> dict[str, float]:
         return {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
@@ -239,6 +253,7 @@ class Trainer:
             "discrete_flow_shift": timesteps.discrete_flow_shift,
             "datasets": summary.metadata,
             "sd_model_name": Path(options.dit.dit).name,
+            **({"vae_name": Path(options.vae.vae).name} if options.vae.vae else {}),
         }
         family = "wan2.2" if self.plan.config.boundary else "wan2.1"
         bounds = (timesteps.min_timestep, timesteps.max_timestep)

@@ -1,0 +1,169 @@
+"""Samples during training: prompt files, when they are due, and that they are what generation gives."""
+
+import json
+import shlex
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from modules.generation import LoraOptions, Models, RunOptions, SamplingOptions, generate
+from modules.outputs import Files, Result
+from modules.preflight import TrainOptions
+from modules.samples import SampleOptions, SamplePlan, Sampler, read_samples
+from modules.trainer import LoggingOptions, make_trainer
+from utils.errors import UserError
+from utils.options import parse_options
+from wan.clip import ClipOptions
+from wan.configs import TASKS
+from wan.loading import DitOptions
+from wan.t5 import T5Options
+from wan.vae import VaeOptions
+
+LINE = "a red circle --w 40 --h 32 --f 1 --d 7 --s 3 --l 4 --fs 3 --n blue"
+
+
+@pytest.fixture
+def trainer(models, golden, tmp_path):
+    """Return the Trainer of a run that may make samples; extra options and the lines of its prompt file given."""
+    text = json.loads((golden / "cache_index.json").read_text())["plans"]["t2v"]["toml"]
+    (tmp_path / "data.toml").write_text(text.replace("<GOLDEN>", golden.as_posix()))
+
+    def make(options="", lines=(LINE,), folder="out"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        (tmp_path / "prompts.txt").write_text("\n".join(lines))
+        paths = {
+            "dit": models["dit_t2v"],
+            "vae": models["vae"],
+            "t5": models["t5"],
+            "t5_tokenizer": models["tokenizer"],
+        }
+        paths |= {"dataset_config": tmp_path / "data.toml", "output_dir": tmp_path / folder}
+        base = "--task t2v-1.3B --max_data_loader_n_workers 0 --output_name n --seed 3 --network_dropout 0.1"
+        words = shlex.split(f"{base} --learning_rate 1e-3 {options.replace('PROMPTS', str(tmp_path / 'prompts.txt'))}")
+        words += [str(word) for name, path in paths.items() for word in (f"--{name}", path)]
+        *groups, logs = parse_options(
+            "doc", *(field.type for field in fields(TrainOptions)), LoggingOptions, argv=words
+        )
+        return make_trainer(TrainOptions(*groups), logs)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _files(folder):
+    return sorted(path.name for path in (folder / "sample").iterdir())
+
+
+def test_a_sample_of_an_untrained_lora_is_what_generation_gives(trainer, tmp_path):
+    run = trainer("--sample_prompts PROMPTS --sample_at_first --max_train_steps 1")
+    (path,) = run.sampler.make(run.dit, run.network, 0, 0)
+    plan = run.plan.samples
+    result = Result(Files(images=tmp_path / "generated.png"), 1)
+    generate([plan.samples[0].request], plan.models, SamplingOptions(), [result], 16)
+    assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(tmp_path / "generated.png")))
+    assert Image.open(path).size == (32, 32), "sizes are rounded down to multiples of 16"
+
+
+def test_samples_come_when_they_are_due_and_leave_training_as_it_is(trainer, tmp_path):
+    options = "--max_train_epochs 2"
+    trainer(options, folder="plain").run()
+    due = "--sample_at_first --sample_every_n_steps 5 --sample_every_n_epochs 1"
+    trainer(
+        f"{options} --sample_prompts PROMPTS {due}", [LINE, "no seed --w 32 --h 32 --f 5 --s 2 --l 1"], "sampled"
+    ).run()
+    first, second = (load_file(tmp_path / folder / "n.safetensors") for folder in ("plain", "sampled"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    names = _files(tmp_path / "sampled")
+    assert {name.split("_")[1] for name in names} == {"000005", "000010", "e000000", "e000001", "e000002"}
+    assert sum(name.endswith("_7_000.png") for name in names) == sum(name.endswith(".mp4") for name in names) == 5
+
+
+def test_the_end_of_an_epoch_on_a_sampled_step_is_not_sampled_twice():
+    sampler = Sampler.__new__(Sampler)
+    options = SampleOptions(sample_every_n_steps=5, sample_every_n_epochs=2)
+    sampler.plan, sampler._last_step = SamplePlan(options, (), None, None, "n"), -1
+    assert [step for step in range(1, 12) if sampler.due(step)] == [5, 10]
+    assert sampler.due(14, 2) and not sampler.due(14, 3) and not sampler.due(0, 0)
+    sampler._last_step = 14
+    assert not sampler.due(14, 2)
+    sampler.plan = replace(sampler.plan, options=SampleOptions(sample_at_first=True))
+    assert sampler.due(0, 0) and not sampler.due(7) and not sampler.due(7, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", f"# a comment\n\n{LINE}\nI am a robot\n"),
+        ("p.json", json.dumps([LINE, {"prompt": "I am a robot"}])),
+        (
+            "p.toml",
+            "[prompt]\nwidth = 40\nheight = 32\nframe_count = 1\nseed = 7\nsample_steps = 3\ncfg_scale = 4\n"
+            'discrete_flow_shift = 3\nnegative_prompt = "blue"\n[[prompt.subset]]\nprompt = "a red circle"\n',
+        ),
+    ],
+)
+def test_prompt_files_of_every_kind_say_the_same(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    samples = read_samples(tmp_path / name, TASKS["t2v-1.3B"])
+    request = samples[0].request
+    assert (request.prompt, request.negative_prompt) == ("a red circle", "blue")
+    assert (request.width, request.height, request.frames, request.steps) == (32, 32, 1, 3)
+    assert (request.flow_shift, request.guidance_scale, request.seed, samples[0].seeded) == (3, 4, 7, True)
+    if len(samples) > 1:
+        plain = samples[1].request
+        assert (plain.prompt, plain.width, plain.frames, plain.steps) == ("I am a robot", 256, 1, 20)
+        assert (plain.flow_shift, plain.guidance_scale, samples[1].seeded) == (14.5, 5, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("p.txt", "a --f 0", ", prompt 1: --video_length 0: at least one frame is needed."),
+        ("p.txt", "# nothing", ": there is no prompt in it. Write one on each line."),
+        ("p.md", "a", ": unknown kind of file. Use .txt, .toml, .json."),
+        ("p.json", '{"prompt": "a"}', ": cannot be read (it must be a list of texts and objects)."),
+        ("p.json", '[{"promt": "a"}]', ", prompt 1: 'promt': unknown key. Did you mean 'prompt'?"),
+        ("p.json", '[{"prompt": "a", "seed": "x"}]', ", prompt 1: a value is of the wrong type (invalid literal"),
+        ("p.txt", "a --of target_index=1", ", prompt 1: one_frame: one-frame inference is not available."),
+        ("p.txt", "a --i x.png", ", prompt 1: --image_path: t2v-1.3B takes no start image."),
+    ],
+)
+def test_what_is_wrong_in_a_prompt_file_is_named(tmp_path, name, text, line):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        read_samples(tmp_path / name, TASKS["t2v-1.3B"])
+    assert str(error.value).startswith(f"--sample_prompts {tmp_path / name}{line}")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--sample_every_n_steps 5", "--sample_prompts is missing. Give a file of prompts"),
+        ("--sample_prompts PROMPTS --sample_every_n_steps 0", "--sample_every_n_steps 0: must be at least 1."),
+        ("--sample_prompts nowhere.txt --sample_at_first", "--sample_prompts nowhere.txt: no such file."),
+    ],
+)
+def test_samples_that_are_impossible_are_refused_before_the_model_loads(trainer, monkeypatch, options, line):
+    monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError) as error:
+        trainer(options)
+    assert str(error.value).startswith(line)
+
+
+def test_an_image_model_samples_from_its_picture(models, tmp_path):
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "start.png")
+    (tmp_path / "p.txt").write_text(f"{LINE} --i {tmp_path / 'start.png'} --f 5")
+    config = TASKS["i2v-14B"]
+    dit, vae, t5 = DitOptions("i2v-14B", models["dit_i2v"]), VaeOptions(models["vae"]), T5Options(models["t5"])
+    encoders = (vae, replace(t5, t5_tokenizer=models["tokenizer"]), ClipOptions(models["clip"]))
+    where = Models(config, torch.device("cpu"), dit, *encoders, LoraOptions(), RunOptions())
+    plan = SamplePlan(SampleOptions(), tuple(read_samples(tmp_path / "p.txt", config)), where, tmp_path, "n")
+    sampler = Sampler(plan)
+    assert sampler.conditions[0].y.shape[0] == 20 and sampler.conditions[0].image_features.shape == (1, 257, 1280)
+    (path,) = sampler.make(where.load_dit(), torch.nn.Identity(), 3)
+    assert path.name.startswith("n_000003_00_") and path.suffix == ".mp4" and path.stat().st_size > 500
