@@ -10,8 +10,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from modules.preview import PreviewOptions, preview
-from wan.clip import ClipOptions
 
 from dataset.config import DatasetOptions, load_config
 from modules.caching import (
@@ -24,10 +22,12 @@ from modules.caching import (
     cache_latents,
     load_latent_encoders,
 )
+from modules.preview import PreviewOptions, preview
 from utils.devices import default_device, parse_dtype
 from utils.errors import run_script
 from utils.files import require_file
 from utils.options import option, parse_options
+from wan.clip import ClipOptions
 from wan.vae import VaeOptions
 
 

@@ -7,14 +7,13 @@ What the dataset file may say is in docs/dataset_config.md.
 
 import functools
 
-from wan.t5 import T5Options
-
 from dataset.config import DatasetOptions, load_config
 from modules.caching import CachingOptions, cache_texts, load_text_encoder
 from utils.devices import default_device
 from utils.errors import run_script
 from utils.files import require_file
 from utils.options import parse_options
+from wan.t5 import T5Options
 
 
 def main() -> None:
