@@ -59,7 +59,7 @@ def targets_in(model: nn.Module) -> list[Target]:
 
 
 class LoRABranch(nn.Module):
-    """The low-rank update of one linear layer: x -> alpha / rank * up(down(x)), without the multiplier.
+    """The low-rank update of one linear layer: x -> alpha / rank * up(down(x)).
 
     The weights are float32 (or what the caller makes them) and are cast to the input's dtype at use, so that the
     branch needs no autocast.
@@ -84,12 +84,13 @@ class LoRABranch(nn.Module):
         self.alpha.fill_(alpha)
         self.scale = alpha / self.rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the update of x [... inputs] as [... outputs] in x's dtype."""
+    def forward(self, x: Tensor, multiplier: float = 1.0) -> Tensor:
+        """Return the update of x [... inputs] as [... outputs] in x's dtype, times the multiplier."""
         hidden = F.linear(x, self.lora_down.weight.to(x.dtype))
         if self.training:
             hidden = self._dropped(hidden)
-        return F.linear(hidden * self.scale, self.lora_up.weight.to(x.dtype))
+        # Scaled where it is narrow: [... rank], not [... outputs].
+        return F.linear(hidden * (self.scale * multiplier), self.lora_up.weight.to(x.dtype))
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         """Apply dropout to rank activations [B ... rank]."""
@@ -158,7 +159,7 @@ class LoRANetwork(nn.Module):
     def _adapted(self, branch: LoRABranch, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.multiplier == 0 or branch.skipped():
             return original(x)
-        return original(x) + self.multiplier * branch(x)
+        return original(x) + branch(x, self.multiplier)
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise UserError unless every branch has a layer of its size; sizes: (inputs, outputs) by LoRA name."""
