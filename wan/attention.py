@@ -11,18 +11,30 @@ from torch import Tensor
 from utils.errors import UserError
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mode: str = "torch", split: bool = False) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v for each head: [B L H D], in the dtype of q.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mode: str = "torch", split: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(D) + bias) v for each head: [B L H D], in the dtype of q.
 
-    q [B L H D]; k, v [B S H D]. split: one sample of the batch after the other, for the smaller peak in memory.
+    q [B L H D]; k, v [B S H D]; bias [B S], which only the torch mode can add. split: one sample of the batch after
+    the other, for the smaller peak in memory.
     """
     if split and len(q) > 1:
-        rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
-        return torch.cat([attention(*row, mode=mode) for row in rows])
+        biases = [None] * len(q) if bias is None else bias.split(1)
+        rows = zip(q.split(1), k.split(1), v.split(1), biases, strict=True)
+        return torch.cat([attention(*row, mode=mode, bias=row_bias) for *row, row_bias in rows])
     backend = ATTENTION_MODES[mode]
+    if bias is not None:
+        assert can_add_bias(mode), f"{mode} attention cannot add a bias"
+        return _torch(q, k, v, bias[:, None, None].to(q.dtype))
     if backend.half_only and q.dtype not in (torch.float16, torch.bfloat16):
         return backend.run(q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
     return backend.run(q, k, v)
+
+
+def can_add_bias(mode: str) -> bool:
+    """Return whether attention() takes a bias in this mode."""
+    return ATTENTION_MODES[mode].run is _torch
 
 
 def check_attention(mode: str, option: str) -> None:
@@ -45,8 +57,8 @@ def check_attention(mode: str, option: str) -> None:
         ) from None
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def _torch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
     return out.transpose(1, 2)
 
 

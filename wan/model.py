@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wan.attention import attention
+from wan.attention import attention, can_add_bias
 from wan.rope import rope_factors, rotate
 
 
@@ -94,7 +94,7 @@ class WanModel(nn.Module):
         tokens, grid = self.patchify(x)
         time = self.time_embedding(sinusoid(timestep.to(x.device), self.shape.freq_dim))
         modulation = rearrange(self.time_projection(time), "b (six d) -> six b d", six=6)
-        context = self.embed_text(text), self.embed_images(image_features, len(x))
+        context = *self.embed_text(text), self.embed_images(image_features, len(x))
         rope = self.rope(grid, frame_indices, x.device)
         for number, block in enumerate(self.blocks):
             if number in skip_blocks:
@@ -124,13 +124,22 @@ class WanModel(nn.Module):
         names = dict(zip("fhw", grid, strict=True)) | dict(zip(("pf", "ph", "pw"), self.shape.patch, strict=True))
         return rearrange(features, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", **names)
 
-    def embed_text(self, text: Sequence[Tensor]) -> Tensor:
-        """Return the tokens of B prompts [B 512 D]. The rows of zeros behind a prompt count, and are not masked."""
-        longest = max(len(rows) for rows in text)
-        length = self.shape.text_length
+    def embed_text(self, text: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens of B prompts [B L D] and what their attention logits are raised by [B L], or None for 0.
+
+        The rows of zeros behind a prompt, up to 512, count and are not masked. They are all the same token: where the
+        kernel can add log(number of rows) to its logit, one stands for all. In 16 bits that sum would lose digits.
+        """
+        longest, length = max(len(rows) for rows in text), self.shape.text_length
         assert longest <= length, f"{longest} rows of text, the model takes {length}"
+        bias = None
+        if self.dtype == torch.float32 and can_add_bias(self.attn_mode) and longest < length - 1:
+            lengths, length = [len(rows) for rows in text], longest + 1
+            place = torch.arange(length)
+            counts = [torch.where(place == n, self.shape.text_length - n, place < n) for n in lengths]
+            bias = torch.stack(counts).log().to(self.device)
         rows = torch.stack([F.pad(rows.to(self.device, self.dtype), (0, 0, 0, length - len(rows))) for rows in text])
-        return self.text_embedding(rows)
+        return self.text_embedding(rows), bias
 
     def embed_images(self, features: Tensor | None, batch: int) -> Tensor | None:
         """Return the tokens of the pictures [B 257 D] or [B 514 D], or None for a model without that branch."""
@@ -178,6 +187,7 @@ class WanAttentionBlock(nn.Module):
         modulation: Tensor,
         rope: Tensor,
         text: Tensor,
+        text_bias: Tensor | None,
         images: Tensor | None,
         attn_mode: str = "torch",
         split_attn: bool = False,
@@ -185,7 +195,7 @@ class WanAttentionBlock(nn.Module):
         """Return the residual stream after this block: [B L D], float32 like x.
 
         modulation [6 B D], float32: shift, scale and gate of self-attention, then of the MLP. rope: see rotate().
-        text [B 512 D]; images [B 257 D], [B 514 D] or None.
+        text [B S D] and text_bias [B S]: see embed_text(); images [B 257 D], [B 514 D] or None.
         """
         dtype = text.dtype
         own = rearrange(self.modulation.float(), "1 six d -> six 1 d")
@@ -193,7 +203,7 @@ class WanAttentionBlock(nn.Module):
         how = attn_mode, split_attn
         h = modulated_norm(x, shift_attn, scale_attn, self.eps).to(dtype)
         x = gated_sum(x, self.self_attn(h, rope, *how), gate_attn)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), text, images, *how)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, text_bias, images, *how)
         h = modulated_norm(x, shift_ffn, scale_ffn, self.eps).to(dtype)
         return gated_sum(x, self.ffn(h), gate_ffn)
 
@@ -224,6 +234,7 @@ class CrossAttention(SelfAttention):
         self,
         x: Tensor,
         text: Tensor,
+        text_bias: Tensor | None = None,
         images: Tensor | None = None,
         attn_mode: str = "torch",
         split_attn: bool = False,
@@ -234,7 +245,8 @@ class CrossAttention(SelfAttention):
             return rearrange(y, "b l (h d) -> b l h d", h=self.heads)
 
         q = heads(self.norm_q(self.q(x)))
-        out = attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), attn_mode, split_attn)
+        k, v = heads(self.norm_k(self.k(text))), heads(self.v(text))
+        out = attention(q, k, v, attn_mode, split_attn, text_bias)
         if images is not None:
             k, v = self.norm_k_img(self.k_img(images)), self.v_img(images)
             out = out + attention(q, heads(k), heads(v), attn_mode, split_attn)
