@@ -72,7 +72,7 @@ class OptimizerOptions:
     )
 
 
-def check_optimizer(options: OptimizerOptions, device: torch.device) -> None:
+def check_optimizer(options: OptimizerOptions, device: torch.device, total_steps: int) -> None:
     """Raise UserError for an optimizer or schedule that cannot be built, or that fails to step on the device."""
     if options.learning_rate < 0:
         raise UserError(f"--learning_rate {options.learning_rate:g}: must not be negative")
@@ -81,7 +81,7 @@ def check_optimizer(options: OptimizerOptions, device: torch.device) -> None:
     # As large as the smallest tensor that the 8-bit optimizers treat as such.
     weight = torch.nn.Parameter(torch.zeros(64, 64, device=device))
     optimizer, _ = make_optimizer(options, [{"params": [weight], "lr": options.learning_rate}])
-    make_schedule(options, optimizer, total_steps=100)
+    make_schedule(options, optimizer, total_steps)
     weight.grad = torch.zeros_like(weight)
     try:
         optimizer.step()

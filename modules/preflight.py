@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,8 @@ class Plan:
     config: WanConfig
     seed: int
     data: CachedDataset
+    total_steps: int
+    epochs: int
     network: LoRANetwork  # on the CPU, not attached
     base_deltas: Deltas | None  # what --base_weights adds to the DiT
     mixed_precision: str
@@ -139,8 +142,8 @@ class Plan:
     samples: SamplePlan | None
 
 
-def check(options: TrainOptions, seed: int, device: torch.device) -> Plan:
-    """Return the plan of a run, or raise UserError for whatever would have failed later."""
+def check(options: TrainOptions, seed: int, device: torch.device, processes: int = 1) -> Plan:
+    """Return the plan of a run on this device by so many processes, or raise UserError for what would fail later."""
     config = TASKS[options.dit.task]
     _refuse_later(options)
     _check_numbers(options.training)
@@ -155,7 +158,8 @@ def check(options: TrainOptions, seed: int, device: torch.device) -> Plan:
     data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
     for items in data.items:
         check_caches(items, config, shape)
-    check_optimizer(options.optimizer, device)
+    total_steps, epochs = run_length(options.training, math.ceil(len(data) / processes))
+    check_optimizer(options.optimizer, device, total_steps)
     network, base_deltas = _make_network(options.network, shape, seed)
     run = RunOptions(fp8=options.precision.fp8_base, fp8_scaled=options.precision.fp8_scaled, attn_mode=attn_mode)
     samples = plan_samples(
@@ -166,7 +170,31 @@ def check(options: TrainOptions, seed: int, device: torch.device) -> Plan:
         device,
         (options.saving.output_dir, options.saving.output_name),
     )
-    return Plan(options, config, seed, data, network, base_deltas, mixed_precision, dtype, attn_mode, samples)
+    return Plan(
+        options=options,
+        config=config,
+        seed=seed,
+        data=data,
+        total_steps=total_steps,
+        epochs=epochs,
+        network=network,
+        base_deltas=base_deltas,
+        mixed_precision=mixed_precision,
+        dtype=dtype,
+        attn_mode=attn_mode,
+        samples=samples,
+    )
+
+
+def run_length(training: TrainingOptions, batches: int) -> tuple[int, int]:
+    """Return (optimizer steps, epochs) of a run; batches: of an epoch, on one process.
+
+    The last step of an epoch is made of fewer batches where their number does not divide by the accumulation.
+    """
+    rounds = math.ceil(batches / training.gradient_accumulation_steps)
+    if training.max_train_epochs:
+        return training.max_train_epochs * rounds, training.max_train_epochs
+    return training.max_train_steps, math.ceil(training.max_train_steps / rounds)
 
 
 def _refuse_later(options: TrainOptions) -> None:

@@ -1,7 +1,6 @@
 """The training loop: batches > noised latents > DiT with LoRA > loss > LoRA files."""
 
 import logging
-import math
 import os
 import secrets
 import time
@@ -50,7 +49,7 @@ def make_trainer(options: TrainOptions, logs: LoggingOptions) -> "Trainer":
     if not state.is_main_process:
         logging.disable(logging.WARNING)
     folder = log_folder(logs)
-    plan = check(options, _agreed_seed(options.training.seed), state.device)
+    plan = check(options, _agreed_seed(options.training.seed), state.device, state.num_processes)
     accelerator = Accelerator(
         cpu=on_cpu,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
@@ -94,11 +93,7 @@ class Trainer:
             options.optimizer, self.network.parameter_groups(options.optimizer.learning_rate)
         )
         self.loader, self.optimizer = accelerator.prepare(loader, optimizer)
-        rounds = math.ceil(len(self.loader) / training.gradient_accumulation_steps)
-        epochs = training.max_train_epochs
-        self.total_steps = epochs * rounds if epochs else training.max_train_steps
-        self.epochs = epochs or math.ceil(self.total_steps / rounds)
-        self.schedule = make_schedule(options.optimizer, self.optimizer, self.total_steps)
+        self.schedule = make_schedule(options.optimizer, self.optimizer, plan.total_steps)
         # Each process draws its own noise and dropout. On the CPU, so that a seed means the same on every device.
         process_seed = (plan.seed + accelerator.process_index) % 2**32
         self.generator = torch.Generator().manual_seed(process_seed)
@@ -111,9 +106,9 @@ class Trainer:
         """Train to the end and save the LoRA."""
         self.log_start()
         self.sample(epoch=0)
-        progress = tqdm(total=self.total_steps, desc="steps", disable=not self.accelerator.is_main_process)
-        for epoch in range(self.epochs):
-            logger.info("epoch %d/%d", epoch + 1, self.epochs)
+        progress = tqdm(total=self.plan.total_steps, desc="steps", disable=not self.accelerator.is_main_process)
+        for epoch in range(self.plan.epochs):
+            logger.info("epoch %d/%d", epoch + 1, self.plan.epochs)
             self.loader.set_epoch(epoch)
             epoch_losses = []
             for batch in self.loader:
@@ -132,14 +127,14 @@ class Trainer:
                 self.log(
                     {"loss/current": epoch_losses[-1], "loss/average": average, **self.rates(), **norms}, self.step
                 )
-                if self.step >= self.total_steps:
+                if self.step >= self.plan.total_steps:
                     break
             self.log({"loss/epoch": sum(epoch_losses) / len(epoch_losses)}, epoch + 1)
             self.after_epoch(epoch + 1)
         progress.close()
         self.network.detach()
         if self.accelerator.is_main_process:
-            self.checkpoints.save_final(self.network.state_dict(), self.step, self.epochs)
+            self.checkpoints.save_final(self.network.state_dict(), self.step, self.plan.epochs)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -179,7 +174,7 @@ class Trainer:
 
     def after_epoch(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_epochs
-        if every and epoch % every == 0 and epoch < self.epochs and self.accelerator.is_main_process:
+        if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
             self.checkpoints.save_epoch(self.network.state_dict(), self.step, epoch)
         self.sample(epoch)
 
@@ -202,8 +197,8 @@ class Trainer:
         logger.info("optimizer %s, seed %d", self.optimizer_name, self.plan.seed)
         logger.info(
             "%d steps in %d epochs of %d batches on %d process(es), %d batches to a step",
-            self.total_steps,
-            self.epochs,
+            self.plan.total_steps,
+            self.plan.epochs,
             len(self.loader),
             accelerator.num_processes,
             accelerator.gradient_accumulation_steps,
@@ -222,11 +217,11 @@ class Trainer:
             "learning_rate": optimizer.learning_rate,
             "num_train_items": summary.items,
             "num_batches_per_epoch": len(self.loader),
-            "num_epochs": self.epochs,
+            "num_epochs": self.plan.epochs,
             "gradient_checkpointing": options.precision.gradient_checkpointing,
             "gradient_checkpointing_cpu_offload": False,
             "gradient_accumulation_steps": options.training.gradient_accumulation_steps,
-            "max_train_steps": self.total_steps,
+            "max_train_steps": self.plan.total_steps,
             "lr_warmup_steps": optimizer.lr_warmup_steps,
             "lr_scheduler": optimizer.lr_scheduler,
             "base_model_version": "wan",

@@ -62,19 +62,23 @@ def test_names_find_their_class_whose_step_lowers_a_loss(name, kind):
         (["--lr_warmup_steps", "5"], "--lr_warmup_steps 5: --lr_scheduler constant has no warm-up. Use --lr_scheduler"),
         (["--lr_warmup_steps", "some"], "--lr_warmup_steps: 'some' is neither a number of steps nor a share"),
         (["--learning_rate", "-1"], "--learning_rate -1: must not be negative."),
+        (
+            ["--lr_scheduler", "linear", "--lr_warmup_steps", "101"],
+            "--lr_warmup_steps and --lr_decay_steps: together 101 of 100 steps. Use fewer.",
+        ),
         (["--lr_scheduler", "cosine_with_min_lr"], "--lr_scheduler cosine_with_min_lr: needs the lowest rate."),
     ],
 )
 def test_wrong_settings_end_in_one_line(argv, line):
     with pytest.raises(UserError) as error:
-        check_optimizer(_options(*argv), CPU)
+        check_optimizer(_options(*argv), CPU, total_steps=100)
     assert str(error.value).startswith(line)
 
 
 def test_an_optimizer_that_cannot_step_on_the_device_is_refused():
     options = _options("--optimizer_type", "tests.test_modules_optimizers.Broken")
     with pytest.raises(UserError, match=r"Broken: cannot run on cpu \(no kernel\). Use --optimizer_type AdamW"):
-        check_optimizer(options, CPU)
+        check_optimizer(options, CPU, total_steps=100)
 
 
 class Broken(torch.optim.SGD):

@@ -91,11 +91,20 @@ def test_another_seed_gives_another_lora_and_a_drawn_one_repeats_the_run(trainer
 
 def test_accumulation_makes_one_step_of_several_batches_and_of_the_rest_at_an_epochs_end(trainer):
     run = trainer("--max_train_epochs 2 --gradient_accumulation_steps 3 --save_every_n_steps 2")
-    assert (run.total_steps, run.epochs, len(run.loader)) == (6, 2, 7)
+    assert (run.plan.total_steps, run.plan.epochs, len(run.loader)) == (6, 2, 7)
     run.run()
     folder = run.plan.options.saving.output_dir
     assert sorted(path.stem for path in folder.glob("*-step*")) == [f"name-step0000000{n}" for n in (2, 4, 6)]
     assert _metadata(run)["ss_steps"] == "6"
+
+
+def test_the_learning_rate_follows_its_schedule_to_the_end_of_the_run(trainer):
+    run = trainer("--max_train_epochs 2 --lr_scheduler linear --lr_warmup_steps 50% --learning_rate 1e-3")
+    rates, step = [], run.optimizer_step
+    run.optimizer_step = lambda: rates.append(run.rates()["lr/unet"]) or step()
+    run.run()
+    warm_up = [n / 7 for n in range(7)]
+    assert rates == pytest.approx([1e-3 * share for share in (*warm_up, 1, *reversed(warm_up[1:]))])
 
 
 def test_epochs_are_saved_but_for_the_last_and_outdated_ones_go(trainer):
@@ -278,6 +287,10 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         (
             "--min_timestep 900 --max_timestep 100",
             "--min_timestep 900 --max_timestep 100: no timestep lies between them.",
+        ),
+        (
+            "--lr_scheduler linear --lr_warmup_steps 20 --max_train_steps 10",
+            "--lr_warmup_steps and --lr_decay_steps: tog",
         ),
         ("--log_with tensorboard", "--log_with tensorboard: needs a folder. Add --logging_dir PATH."),
         ("--dim_from_weights", "--dim_from_weights: needs the LoRA file. Add --network_weights PATH."),
