@@ -2,8 +2,9 @@
 
 import logging
 import random
+import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,16 @@ class CachedDataset(Dataset):
         """Choose the epoch that a sampler goes through next; 0 is the first."""
         self.epoch = epoch
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> "Batch | UserError":
+        """Return a batch, or what is wrong with its files: raised in a worker process, it would come as a traceback."""
         epoch, number = divmod(index, len(self))
         if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
         items, timesteps = self._planned[1][number]
-        return load_batch(items, timesteps)
+        try:
+            return load_batch(items, timesteps)
+        except UserError as error:
+            return error
 
     def summary(self) -> DatasetSummary:
         """Return what there is to train on."""
@@ -242,8 +247,21 @@ def _only(batches: list[Batch]) -> Batch:
     return batches[0]
 
 
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ignore Ctrl-C, which a terminal sends to every process: torch reports a worker that dies with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches_of(loader: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    """Yield the batches of a loader, or raise UserError for a cache file that was damaged or deleted meanwhile."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
 def make_loader(dataset: CachedDataset, workers: int = 0, persistent_workers: bool = False) -> DataLoader:
-    """Return a loader that yields the Batches of the epoch chosen by `dataset.set_epoch`.
+    """Return a loader of the batches of the epoch chosen by `dataset.set_epoch`, to be read through `batches_of`.
 
     What a loader yields does not depend on the number of workers. Each element counts as a batch of one, which
     accelerate can deal out to several processes; its prepared loader has a `set_epoch` that reaches the dataset.
@@ -254,6 +272,7 @@ def make_loader(dataset: CachedDataset, workers: int = 0, persistent_workers: bo
         sampler=_EpochSampler(dataset),
         collate_fn=_only,
         num_workers=workers,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
         persistent_workers=persistent_workers and workers > 0,
         # Own generator: starting an epoch draws a seed for the workers, which must not shift the noise of training.
         generator=torch.Generator().manual_seed(dataset.seed),

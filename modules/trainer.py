@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset.loader import Batch, make_loader
+from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints, model_metadata, new_session, training_metadata
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.optimizers import make_optimizer, make_schedule
@@ -111,7 +111,7 @@ class Trainer:
             logger.info("epoch %d/%d", epoch + 1, self.plan.epochs)
             self.loader.set_epoch(epoch)
             epoch_losses = []
-            for batch in self.loader:
+            for batch in batches_of(self.loader):
                 with self.accelerator.accumulate(self.network):
                     loss = self.loss(batch)
                     self.accelerator.backward(loss)

@@ -1,6 +1,8 @@
 import json
+import os
 import pickle
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from dataset.cache import write_latents, write_text
 from dataset.config import ImageConfig, load_config
 from dataset.items import DatasetItem, Source
-from dataset.loader import Batch, CachedDataset, find_cached, make_loader
+from dataset.loader import Batch, CachedDataset, batches_of, find_cached, make_loader
 from utils.errors import UserError
 
 
@@ -184,3 +186,24 @@ def test_a_batch_can_be_pickled_and_moved():
     moved = pickle.loads(pickle.dumps(batch)).to("meta", non_blocking=True)
     assert moved.latents.is_meta and all(text.is_meta for text in moved.text) and moved.timesteps == [0.1, 0.2]
     assert not batch.latents.is_meta and replace(batch, clip=None).clip is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_file_that_is_damaged_while_training_goes_on_is_named_in_one_line(tmp_path, workers):
+    cached(tmp_path, 2)
+    data = dataset(tmp_path)
+    (damaged,) = tmp_path.glob("a01_*_wan.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(UserError) as error:
+        list(batches_of(make_loader(data, workers)))
+    assert str(error.value).startswith(f"cache file {damaged}: the file is truncated or damaged")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no way to send Ctrl-C to one process")
+def test_workers_leave_ctrl_c_to_the_process_that_trains(tmp_path):
+    cached(tmp_path, 6)
+    batches = iter(batches_of(make_loader(dataset(tmp_path), workers=1)))
+    next(batches)
+    for worker in torch.multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 5
