@@ -1,5 +1,6 @@
 """Files: there when needed, complete once named; weight files read lazily and refused in one line."""
 
+import errno
 import json
 import os
 import pickle
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from utils.errors import UserError
-from utils.files import atomic_path, require_file
+from utils.devices import default_device
+from utils.errors import UserError, run_script
+from utils.files import atomic_path, require_file, require_writable_folder
 from utils.safetensors_io import open_tensors, read_metadata, save_file_atomically
 
 
@@ -54,6 +56,55 @@ def test_a_missing_path_is_named_with_the_nearest_file(tmp_path):
     assert line(lambda: require_file(None, "--vae", "the VAE")) == "--vae is missing. Give the VAE: --vae PATH."
     (tmp_path / "empty").touch()
     assert "is empty" in line(lambda: require_file(tmp_path / "empty", "--vae", "the weights"))
+
+
+def test_a_folder_that_cannot_hold_files_is_named_with_the_reason(tmp_path):
+    assert require_writable_folder(tmp_path / "new" / "folder", "cache_directory").is_dir()
+    assert not list((tmp_path / "new" / "folder").iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"cache_directory {folder}: {tmp_path / 'file'} is a file, not a folder. Choose another folder." == line(
+            lambda folder=folder: require_writable_folder(folder, "cache_directory")
+        )
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (PermissionError(errno.EACCES, "x", "a.txt"), "a.txt: there is no permission to read or write it. Change"),
+        (OSError(errno.EROFS, "x", "a.txt"), "a.txt: cannot be written (the file system is read-only). Choose"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total of 8 GiB."),
+            "not enough GPU memory (CUDA out of memory. Tried to allocate 20.00 MiB). See docs/memory.md",
+        ),
+        (UserError("--vae x: what is it?", "use y"), "--vae x: what is it? Use y."),
+    ],
+)
+def test_what_people_can_mend_ends_a_script_in_one_line(monkeypatch, capsys, error, text):
+    def main():
+        raise error
+
+    monkeypatch.setattr("utils.errors.set_up_logging", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count("\n") == 1 and printed.startswith(f"script.py: error: {text}")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "x"), RuntimeError("a defect")])
+def test_a_defect_keeps_its_traceback(monkeypatch, error):
+    def main():
+        raise error
+
+    monkeypatch.setattr("utils.errors.set_up_logging", lambda: None)
+    with pytest.raises(type(error)):
+        run_script(main)
+
+
+@pytest.mark.parametrize("name", ["graphics", "cuda:99", "meta", "mps" if sys.platform == "linux" else "xpu"])
+def test_a_device_that_cannot_compute_is_refused(name):
+    assert line(lambda: default_device(name)).startswith(f"--device {name}: ")
 
 
 def test_tensors_and_metadata_come_back(tmp_path):
@@ -117,6 +168,18 @@ def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
         text = line(lambda name=name: open_tensors(tmp_path / name, "--t5"))
         assert "run code" in text
     assert not (tmp_path / "this-must-not-appear").exists()
+
+
+def test_what_is_not_a_torch_file_is_called_by_its_kind(tmp_path):
+    path = tmp_path / "x.pth"
+    save_file({"a": torch.zeros(1)}, path)
+    assert "not a torch file but safetensors. Give it the suffix .safetensors." in line(
+        lambda: open_tensors(path, "--vae")
+    )
+    path.write_text("<!DOCTYPE html><html></html>")
+    assert "not a torch file but text; was a web page saved instead of the file? Check the path" in line(
+        lambda: open_tensors(path, "--vae")
+    )
 
 
 def test_a_pickle_without_tensors_is_refused(tmp_path):

@@ -62,6 +62,8 @@ def test_a_blank_after_the_dashes_is_forgiven():
         ("--dit a --solver unipv", "Did you mean 'unipc'?"),
         ("--dit a --video_size 1", "--video_size: expected 2 arguments"),
         ("", "--dit: required, but not given"),
+        ("--dit=", "--dit: the path is empty"),
+        ("--dit a --config_file=", "--config_file: the path is empty"),
     ],
 )
 def test_a_wrong_option_is_named_with_the_fix(arguments, line):
@@ -105,6 +107,8 @@ def test_a_config_file_is_read_flat_and_the_command_line_wins(tmp_path):
         ("video_size = [1]", "needs 2 values, got 1"),
         ("lr_warmup = 'soon'", "lr_warmup = 'soon'"),
         ("a = = 1", "not valid TOML"),
+        ("dit = ''", "dit = '': the path is empty"),
+        ("dit = 3", "dit = 3: must be a path in quotes, not a whole number"),
     ],
 )
 def test_a_config_file_is_checked_like_the_command_line(tmp_path, text, line):

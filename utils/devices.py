@@ -44,6 +44,10 @@ def default_device(name: str | None = None) -> torch.device:
         raise UserError(f"--device {name}: torch finds no CUDA device", "leave --device out, or use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):  # what the builds of torch say without the device
+        raise UserError(f"--device {name}: torch cannot compute on it here", "use cuda, cuda:0 or cpu") from None
     return device
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from utils.logs import set_up_logging
 
@@ -23,22 +24,21 @@ class UserError(Exception):
         self.problem, self.fix = problem, fix
 
     def __str__(self) -> str:
-        lines = [
-            part.strip().rstrip(".") for part in (self.problem, self.fix[:1].upper() + self.fix[1:]) if part.strip()
-        ]
-        text = ". ".join(" ".join(line.split()) for line in lines)
-        return text if text.endswith(("?", "!")) else text + "."
+        parts = (" ".join(part.split()).rstrip(".") for part in (self.problem, self.fix[:1].upper() + self.fix[1:]))
+        return " ".join(part if part.endswith(("?", "!")) else f"{part}." for part in parts if part)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main() and exit: 0, 2 after a UserError (one line, no traceback), 130 after Ctrl-C."""
+    """Run a script's main() and exit: 0, 130 after Ctrl-C, 2 after an error that people can mend.
+
+    Those take one line without a traceback: a UserError, a file that cannot be read or written, too little GPU memory.
+    """
     set_up_logging()
     script = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _give_up(script, error)
     except KeyboardInterrupt:
         print(f"{script}: interrupted; files already written are complete", file=sys.stderr)
         sys.exit(130)
@@ -47,12 +47,32 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        reason = _NO_ROOM.get(error.errno)
-        if reason is None:
+        if error.errno not in _FILE_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{script}: error: {where}cannot be written ({reason}). Free some space and run again.", file=sys.stderr)
-        sys.exit(2)
+        problem, fix = _FILE_ERRORS[error.errno]
+        _give_up(script, UserError(f"{error.filename}: {problem}" if error.filename else problem, fix))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; --help should not wait for torch
+            raise
+        problem = str(error).partition(". GPU ")[0]  # what follows counts the memory of every process
+        _give_up(script, UserError(f"not enough GPU memory ({problem})", "see docs/memory.md for what saves some"))
 
 
-_NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "File too large"}
+def _give_up(script: str, error: UserError) -> NoReturn:
+    print(f"{script}: error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+_FREE_SPACE = "free some space and run again"
+_FILE_ERRORS = {  # what is wrong, and the fix
+    errno.ENOSPC: ("cannot be written (the disk is full)", _FREE_SPACE),
+    errno.EDQUOT: ("cannot be written (the quota is used up)", _FREE_SPACE),
+    errno.EFBIG: ("cannot be written (File too large)", _FREE_SPACE),
+    errno.EACCES: ("there is no permission to read or write it", "change its permissions or choose another path"),
+    errno.EPERM: ("there is no permission to read or write it", "change its permissions or choose another path"),
+    errno.EROFS: ("cannot be written (the file system is read-only)", "choose another path"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another path"),
+    errno.EEXIST: ("is a file, but a folder is needed there", "choose another path"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.EIO: ("the disk reports an error", "copy the file from elsewhere or check the disk"),
+}

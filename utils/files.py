@@ -28,7 +28,26 @@ def require_file(path: Path | str | None, option: str, what: str) -> Path:
         raise UserError(f"{option} {path}: no such file", fix)
     if path.stat().st_size == 0:
         raise UserError(f"{option} {path}: the file is empty", "copy or download it again")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{option} {path}: there is no permission to read it", "change its permissions")
     return path
+
+
+def require_writable_folder(folder: Path, option: str) -> Path:
+    """Return a folder in which files can be made, after making it where it is missing, or raise UserError."""
+    blocking = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if blocking.exists() and not blocking.is_dir():
+        raise UserError(f"{option} {folder}: {blocking} is a file, not a folder", "choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option} {folder}: cannot be written to ({error.strerror})", "choose another folder"
+        ) from None
+    return folder
 
 
 @contextlib.contextmanager

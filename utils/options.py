@@ -130,7 +130,7 @@ def _argument(group: type, field: dataclasses.Field) -> dict[str, Any]:
     keywords: dict[str, Any] = {"help": (details["help"] + shown).replace("%", "%%")}
     if scalar is bool:
         return {**keywords, "action": "store_true"}
-    keywords["type"] = _named(details["parse"] or scalar, scalar)
+    keywords["type"] = _named(details["parse"] or (_path if scalar is Path else scalar), scalar)
     if details["choices"]:
         keywords["choices"] = details["choices"]
     if length is not None:
@@ -180,6 +180,12 @@ def _named(read: Callable[[str], Any], scalar: type) -> Callable[[str], Any]:
 _ARTICLES = {int: "a whole number", float: "a number"}
 
 
+def _path(word: str) -> Path:
+    if not word:  # Path("") is the working directory, which nobody means by a shell variable that is not set
+        raise ValueError("the path is empty")
+    return Path(word)
+
+
 def _read_config_file(path: Path, groups: Sequence[type]) -> dict[str, Any]:
     """Return the options in a TOML file, checked like typed ones; tables are flattened, the last one wins."""
     path = path if path.suffix.lower() == ".toml" else path.with_name(path.name + ".toml")
@@ -215,13 +221,12 @@ def _checked(where: str, value: Any, group: type, field: dataclasses.Field) -> A
 
 
 def _checked_scalar(where: str, value: Any, scalar: type, field: dataclasses.Field) -> Any:
-    if field.metadata["parse"]:
+    read = field.metadata["parse"] or (_path if scalar is Path and isinstance(value, str) else None)
+    if read:
         try:
-            value = field.metadata["parse"](str(value))
+            value = read(str(value))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"{where} = {value!r}: {error}") from None
-    elif scalar is Path and isinstance(value, str):
-        value = Path(value)
     elif scalar is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     elif not isinstance(value, scalar) or (scalar is int and isinstance(value, bool)):

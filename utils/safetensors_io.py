@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,8 +141,7 @@ def _read_header(path: Path, option: str) -> tuple[dict[str, tuple[torch.dtype, 
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if length < 2 or length > 100_000_000:
-            kind = _foreign_kind(path, start)
-            raise UserError(f"{option} {path}: not a safetensors file{kind}", "check the path, or download it again")
+            raise UserError(f"{option} {path}: not a safetensors file{_foreign_kind(start)}", _CHECK)
         header_bytes = file.read(length)
     if len(header_bytes) < length:
         raise _broken(path, option, f"the header says {length} bytes, the file has {size}")
@@ -154,7 +154,7 @@ def _read_header(path: Path, option: str) -> tuple[dict[str, tuple[torch.dtype, 
             for key, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{option} {path}: not a safetensors file", "check the path, or download it again") from None
+        raise UserError(f"{option} {path}: not a safetensors file", _CHECK) from None
     if 8 + length + end > size:
         raise _broken(path, option, f"{8 + length + end:,} bytes are expected, {size:,} are there")
     return table, metadata
@@ -164,7 +164,10 @@ def _broken(path: Path, option: str, why: str) -> UserError:
     return UserError(f"{option} {path}: the file is truncated or damaged ({why})", "copy or download it again")
 
 
-def _foreign_kind(path: Path, start: bytes) -> str:
+_CHECK = "check the path, or download it again"
+
+
+def _foreign_kind(start: bytes) -> str:
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return " but a torch pickle; give it the suffix .pth"
     if start[:1] in (b"<", b"{"):
@@ -176,8 +179,16 @@ def _foreign_kind(path: Path, start: bytes) -> str:
 
 def _load_pickle(path: Path, option: str) -> dict[str, Tensor]:
     """Return the tensors of a torch pickle, mapped into memory where its format allows."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        raise UserError(f"{option} {path}: not a torch file but safetensors", "give it the suffix .safetensors")
+    if start[:2] != b"PK" and start[:1] != b"\x80":
+        raise UserError(f"{option} {path}: not a torch file{_foreign_kind(start)}", _CHECK)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how pickles are made, before one is refused
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error) or "global" in str(error).lower():
             raise UserError(

@@ -35,7 +35,7 @@ def _vae_dtype(name: str) -> str:
     try:
         dtype = parse_dtype(name)
     except UserError as error:
-        raise ValueError(error.problem) from None
+        raise ValueError(str(error)) from None
     if dtype not in DTYPES:
         raise ValueError(f"the VAE computes in bf16, fp16 or fp32, not in {name}")
     return name
