@@ -41,6 +41,8 @@ MOTIONS: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
     "stays still": lambda t: (0, 0, 0, 1),
 }
 
+ROUND = ("circle", "ring")
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -61,12 +63,38 @@ class Scene:
         return f"{article} {self.color} {self.shape} {self.motion} on a {self.background} background"
 
 
+def varied_caption(scene: Scene, rng: random.Random, rate: float = 0.1) -> str:
+    """Return the scene's caption with each attribute left out or called by a made-up word now and then.
+
+    So a model learns that what is not said may be anything, and that there are words it does not know.
+    """
+
+    def kept(word: str, missing: str = "") -> str:
+        chance = rng.random()
+        return missing if chance < rate / 2 else made_up_word(rng) if chance < rate else word
+
+    color, shape = kept(scene.color), kept(scene.shape, "shape")
+    motion = "" if rng.random() < rate / 2 else scene.motion
+    background = "" if rng.random() < rate / 2 else f"on a {kept(scene.background)} background"
+    thing = f"{color} {shape}".strip()
+    words = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing} {motion} {background}"
+    return " ".join(words.split())
+
+
+def made_up_word(rng: random.Random) -> str:
+    """Return a word of two syllables that means nothing."""
+    return "".join(
+        rng.choice("bdfgklmnprtvz") + rng.choice("aeiou") + rng.choice(["", "n", "r", "x"]) for _ in range(2)
+    )
+
+
 def random_scene(rng: random.Random) -> Scene:
-    """Return any scene of the world."""
+    """Return any scene of the world; what is round does not spin, because nobody would see it."""
+    shape = rng.choice(list(SHAPES))
     return Scene(
         color=rng.choice(list(COLORS)),
-        shape=rng.choice(list(SHAPES)),
-        motion=rng.choice(list(MOTIONS)),
+        shape=shape,
+        motion=rng.choice([motion for motion in MOTIONS if not (motion == "spins" and shape in ROUND)]),
         background=rng.choice(list(BACKGROUNDS)),
         radius=rng.uniform(0.2, 0.28),
         place=rng.uniform(-0.7, 0.7),
@@ -95,7 +123,7 @@ def _draw_frame(scene: Scene, time: float, size: int, oversampling: int = 4) -> 
     inside = SHAPES[scene.shape](x, y)
     picture[inside] = COLORS[scene.color]
     if scene.striped:
-        picture[inside & (np.floor(x * 3.5 + 0.5) % 2 == 0)] = BACKGROUNDS[
+        picture[inside & (np.floor(x * 2.2 + 0.5) % 2 == 0)] = BACKGROUNDS[
             "black" if scene.background == "white" else "white"
         ]
     picture = picture.reshape(size, oversampling, size, oversampling, 3).mean((1, 3))

@@ -1,0 +1,285 @@
+"""Train the tiny text encoder and DiT together on drawn clips, encoded by the tiny VAE.
+
+    python -m examples.tiny_world.pretraining --folder output/tiny_world --vae output/tiny_world/vae/vae.safetensors
+
+Stopped at any time, the same command goes on from the last checkpoint. The results are `dit_t2v.safetensors`,
+`t5.safetensors` and `spiece.model` in that folder, in the official layouts.
+"""
+
+import io
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.tiny_world.muon import Muon
+from examples.tiny_world.world import Scene, draw, random_scene, varied_caption
+from modules.flow_matching import noised
+from utils.errors import run_script
+from utils.files import atomic_path
+from utils.options import option, parse_options
+from utils.safetensors_io import save_file_atomically
+from wan.configs import DEFAULT_NEGATIVE_PROMPT
+from wan.model import WanModel, WanShape
+from wan.t5 import t5_config, transformers_names
+from wan.tokenizer import Tokenizer, load_tokenizer, tokenize
+from wan.vae import WanVAE, load_vae
+from wan.weights import InMemory
+
+FRAMES, SIDE = 17, 64
+VOCABULARY = 768
+HEADS = {"dit": 4, "t5": 4}
+
+
+@dataclass(frozen=True)
+class PretrainingOptions:
+    """training the tiny text encoder and DiT"""
+
+    folder: Path | None = option(None, "where checkpoints and the results go", required=True)
+    vae: Path | None = option(None, "the trained tiny VAE", required=True)
+    steps: int = option(6000, "optimizer steps")
+    clips: int = option(6000, "clips to learn from")
+    batch_size: int = option(48, "clips a step")
+    learning_rate: float = option(
+        4e-3, "of Muon, which takes the blocks' matrices; AdamW takes the rest with half of it"
+    )
+    shift: float = option(3.0, "shift of the noise levels")
+    seed: int = option(0, "of weights, clips and noise")
+    threads: int = option(2, "CPU threads")
+    save_every: int = option(200, "steps between checkpoints")
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+def scenes_of(options: PretrainingOptions) -> list[Scene]:
+    return [random_scene(random.Random(f"{options.seed}/dit/{i}")) for i in range(options.clips)]
+
+
+@torch.no_grad()
+def encoded_clips(scenes: list[Scene], vae: WanVAE, path: Path) -> Tensor:
+    """Return the latents of the scenes [N 16 5 8 8], from a file of an earlier run where there is one."""
+    if path.is_file():
+        return torch.load(path, weights_only=True)
+    latents = []
+    for start in tqdm(range(0, len(scenes), 16), desc="encoding clips", unit="x16"):
+        clips = np.stack([draw(scene, FRAMES, SIDE) for scene in scenes[start : start + 16]])
+        latents.append(vae.encode(rearrange(torch.from_numpy(clips), "b f h w c -> b c f h w").float() / 127.5 - 1))
+    with atomic_path(path) as temporary:
+        torch.save(torch.cat(latents), temporary)
+    return torch.cat(latents)
+
+
+def train_tokenizer(path: Path) -> Tokenizer:
+    """Return a unigram tokenizer of the world's captions, made-up words and the default negative prompt."""
+    if not path.is_file():
+        import sentencepiece
+
+        rng = random.Random(0)
+        sentences = [varied_caption(random_scene(rng), rng, rate=0.3) for _ in range(4000)]
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*sentences, *[DEFAULT_NEGATIVE_PROMPT] * 20]),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=VOCABULARY - 8,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            byte_fallback=True,
+            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+            normalization_rule_name="identity",
+            minloglevel=2,
+            num_threads=1,
+        )
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(model.getvalue())
+    return load_tokenizer(path)
+
+
+# --------------------------------------------------------------------------------------------------------- models
+def new_t5(generator: torch.Generator) -> nn.Module:
+    """Return an umT5 encoder of width 96 with two layers, untrained, that can be trained."""
+    from transformers import UMT5EncoderModel
+
+    from tests.tiny import t5_shapes
+
+    shapes = t5_shapes(VOCABULARY, dim=96, heads=HEADS["t5"], ffn=192, layers=2)
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    model = UMT5EncoderModel(t5_config(InMemory(empty)))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                deviation = 1.0 if "shared" in name else 0.1 if "relative" in name else weight.shape[1] ** -0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+                weight.mul_(0.3 if name.endswith((".o.weight", ".wo.weight")) else 1)
+                if name.endswith("SelfAttention.q.weight"):
+                    weight.mul_(16**-0.5)  # the encoder does not scale its attention logits
+            else:
+                weight.fill_(1)
+    return model
+
+
+def official_t5(model: nn.Module) -> dict[str, Tensor]:
+    """Return the encoder's weights under their official names."""
+    from tests.tiny import t5_shapes
+
+    names = transformers_names(t5_shapes(VOCABULARY, dim=96, heads=HEADS["t5"], ffn=192, layers=2))
+    weights = model.state_dict()
+    return {official: weights[name] for official, name in names.items()}
+
+
+def new_dit(generator: torch.Generator) -> WanModel:
+    """Return a t2v DiT of width 128 with six blocks, initialised as the official code does."""
+    dit = WanModel(
+        WanShape(dim=128, ffn_dim=512, heads=HEADS["dit"], blocks=6, in_channels=16, text_dim=96, freq_dim=64)
+    )
+    with torch.no_grad():
+        for name, weight in dit.named_parameters():
+            if name == "head.head.weight" or name.endswith("bias"):
+                weight.zero_()
+            elif name.endswith("modulation"):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
+            elif weight.ndim > 1:
+                inputs, outputs = weight[0].numel(), weight.shape[0]
+                bound = (6 / (inputs + outputs)) ** 0.5
+                weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
+    return dit
+
+
+# ------------------------------------------------------------------------------------------------------- training
+class TextBatch:
+    """Captions to embeddings, with gradients."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, captions: Iterable[str]) -> list[Tensor]:
+        """Return the embeddings [n 96] of each caption; equal captions are encoded once."""
+        captions = list(captions)
+        unique = list(dict.fromkeys(captions))
+        ids, mask = tokenize(self.tokenizer, unique, 512)
+        lengths = mask.sum(1).tolist()
+        rows = self.model(input_ids=ids[:, : max(lengths)], attention_mask=mask[:, : max(lengths)]).last_hidden_state
+        by_caption = {caption: row[:n] for caption, row, n in zip(unique, rows, lengths, strict=True)}
+        return [by_caption[caption] for caption in captions]
+
+
+def noise_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Return t [count], one from each of `count` equal parts of the distribution, shifted towards noise."""
+    u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def caption_of(scene: Scene, step: int, rng: random.Random) -> str:
+    """Return a caption; every twelfth step trains what is said when nothing is asked for."""
+    if step % 12 == 11:
+        return "" if step % 24 == 11 else DEFAULT_NEGATIVE_PROMPT
+    return varied_caption(scene, rng)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the learning rate's factor: a warm-up over 100 steps, and a straight fall over the last 45 %."""
+    return min(1.0, (step + 1) / 100, max((steps - step) / (0.45 * steps), 0.01))
+
+
+class Run:
+    """The two models in training, their optimizers and averages, and how far they are."""
+
+    def __init__(self, options: PretrainingOptions):
+        generator = torch.Generator().manual_seed(options.seed)
+        self.options, self.step = options, 0
+        self.models = nn.ModuleDict({"t5": new_t5(generator), "dit": new_dit(generator)})
+        named = dict(self.models.named_parameters())
+        matrices = {name: p for name, p in named.items() if ".blocks." in name and p.ndim == 2}
+        others = [p for name, p in named.items() if name not in matrices]
+        rate = options.learning_rate
+        self.rates = (rate, rate / 2)
+        self.optimizers = (
+            Muon(matrices.values(), rate, weight_decay=0.02),
+            torch.optim.AdamW(others, rate / 2, (0.9, 0.98), weight_decay=0.01),
+        )
+        self.average = {name: p.detach().clone() for name, p in named.items()}
+        self.file = options.folder / "pretraining_state.pt"
+        if self.file.is_file():
+            self.load(torch.load(self.file, weights_only=True))
+
+    def load(self, state: dict) -> None:
+        self.models.load_state_dict(state["models"])
+        self.average, self.step = state["average"], state["step"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def save(self) -> None:
+        state = {"models": self.models.state_dict(), "average": self.average, "step": self.step}
+        with atomic_path(self.file) as temporary:
+            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, temporary)
+
+    def apply_gradients(self) -> None:
+        """Take a step with both optimizers and follow it with the averages."""
+        factor = schedule(self.step, self.options.steps)
+        nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(0.998, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, parameter in self.models.named_parameters():
+                self.average[name].lerp_(parameter, 1 - decay)
+
+    def save_results(self) -> None:
+        """Write the averaged weights in the official layouts, in half precision."""
+        live = {name: p.detach().clone() for name, p in self.models.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in self.models.named_parameters():
+                parameter.copy_(self.average[name])
+        for name, weights in (("t5", official_t5(self.models["t5"])), ("dit_t2v", self.models["dit"].state_dict())):
+            heads = HEADS["dit" if name.startswith("dit") else name]
+            halves = {key: weight.to(torch.bfloat16) for key, weight in weights.items()}
+            save_file_atomically(halves, self.options.folder / f"{name}.safetensors", {"num_heads": str(heads)})
+        with torch.no_grad():
+            for name, parameter in self.models.named_parameters():
+                parameter.copy_(live[name])
+
+
+def main() -> None:
+    (options,) = parse_options(__doc__, PretrainingOptions)
+    torch.set_num_threads(options.threads)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    scenes = scenes_of(options)
+    latents = encoded_clips(scenes, load_vae(options.vae, torch.float32), options.folder / "latents.pt")
+    run = Run(options)
+    texts = TextBatch(run.models["t5"], train_tokenizer(options.folder / "spiece.model"))
+    progress = tqdm(total=options.steps, initial=run.step, desc="DiT", unit="step")
+    smooth = None
+    while run.step < options.steps:
+        # From the step alone, so that a run that goes on is the run that was not stopped.
+        rng = random.Random(f"{options.seed}/{run.step}")
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
+        chosen = [rng.randrange(len(scenes)) for _ in range(options.batch_size)]
+        t = noise_levels(options.batch_size, options.shift, generator)
+        clean = latents[chosen]
+        x_t, velocity = noised(clean, torch.randn(clean.shape, generator=generator), t)
+        text = texts(caption_of(scenes[i], run.step, rng) for i in chosen)
+        loss = (run.models["dit"](x_t, 1000 * t, text) - velocity).square().mean()
+        loss.backward()
+        run.apply_gradients()
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{smooth:.4f}")
+        progress.update()
+        if run.step % options.save_every == 0 or run.step == options.steps:
+            run.save()
+            run.save_results()
+            assert math.isfinite(smooth), "the loss is not a number"
+    print(options.folder / "dit_t2v.safetensors")
+
+
+if __name__ == "__main__":
+    run_script(main)
