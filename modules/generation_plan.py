@@ -24,7 +24,7 @@ from modules.generation import (
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import PATCH_PIXELS, Request
 from modules.solvers import sigma_schedule
-from networks.formats import weight_deltas
+from networks.formats import delta_shapes
 from utils.errors import UserError
 from utils.files import require_file
 from utils.safetensors_io import open_tensors
@@ -104,15 +104,15 @@ def _check_loras(models: Models, shape: WanShape) -> None:
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(shape).named_parameters()}
     fix = f"use a LoRA that was trained for {models.config.name}"
-    for path, multiplier in models.lora.files():
-        where, deltas = f"--lora_weight {path}", weight_deltas([(path, multiplier)])
-        unknown = sorted(deltas.keys() - shapes.keys())
+    for path, _ in models.lora.files():
+        where, sizes = f"--lora_weight {path}", delta_shapes(path)
+        unknown = sorted(sizes.keys() - shapes.keys())
         if unknown:
-            raise UserError(f"{where}: {len(unknown)} of its layers are not in the DiT, e.g. {unknown[0]}", fix)
-        name, delta = next(iter(deltas.items()))
-        size = tuple(delta().shape)
-        if size != shapes[name]:
-            raise UserError(f"{where}: made for a model of another size: {name} is {size}, not {shapes[name]}", fix)
+            more = f"{len(unknown)} of its {len(sizes)} layers are not in the DiT"
+            raise UserError(f"{where}: {more}, e.g. {unknown[0]}", fix)
+        for name, size in sizes.items():
+            if size != shapes[name]:
+                raise UserError(f"{where}: made for a model of another size: {name} is {size}, not {shapes[name]}", fix)
 
 
 def _check_encoders(models: Models, shape: WanShape) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks.lora import PREFIX, lora_name
+from utils.devices import FLOAT8
 from utils.errors import UserError
 from utils.safetensors_io import open_tensors
 
@@ -72,16 +73,34 @@ def detect_format(keys: Sequence[str]) -> str | None:
 
 
 def read_lora(path: Path | str | None, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors, metadata) of a LoRA file, held in memory: the file may be replaced afterwards."""
+    """Return (tensors, metadata) of a LoRA file, held in memory: the file may be replaced afterwards.
+
+    Raises UserError for a file that is no LoRA, before its tensors are read, and for one with values that are not
+    finite.
+    """
     with open_tensors(path, option, "a LoRA file") as file:
-        keys = file.keys()
-        return {key: file.get(key).clone() for key in keys}, dict(file.metadata)
+        keys, name = file.keys(), f"{option} {path}"
+        if detect_format(keys) is None:
+            raise _no_lora(name, keys)
+        tensors = {key: file.get(key).clone() for key in keys}
+        metadata = dict(file.metadata)
+    for key, tensor in tensors.items():
+        # Attention kernels may turn NaN into zeros, so that nothing would show it later.
+        if not bool(tensor.float().isfinite().all()):
+            raise UserError(f"{name}: {key} has values that are not finite", "its training diverged; use another file")
+    return tensors, metadata
+
+
+def _no_lora(name: str, keys: Sequence[str]) -> UserError:
+    example = f", e.g. {keys[0]}" if keys else ""
+    return UserError(f"{name}: not a LoRA: none of its {len(keys)} tensors is a LoRA's{example}")
 
 
 def read_layers(state_dict: Mapping[str, Tensor], name: str = "LoRA") -> Layers:
     """Return the tensors of a LoRA file of any format by layer and part; keys that mean nothing are counted.
 
-    name: what an error or warning calls the file. Raises UserError when it is no LoRA at all.
+    name: what an error or warning calls the file. Raises UserError when it is no LoRA at all, and for layers whose
+    parts are incomplete or do not fit each other.
     """
     layers: Layers = {}
     foreign = []
@@ -95,8 +114,10 @@ def read_layers(state_dict: Mapping[str, Tensor], name: str = "LoRA") -> Layers:
         layers.setdefault(path, {})[_default_part(part[1])] = tensor
     layers = {path: parts for path, parts in layers.items() if set(parts) - {"alpha"}}
     if not layers:
-        example = f", e.g. {foreign[0]}" if foreign else ""
-        raise UserError(f"{name}: not a LoRA: none of its {len(state_dict)} tensors is a LoRA's{example}")
+        raise _no_lora(name, foreign)
+    for path, parts in layers.items():
+        if "dora_scale" not in parts:
+            _weight_shape(parts, f"{name}: {path}")
     if foreign:
         logger.warning("%s: %d tensors are no part of a LoRA and ignored, e.g. %s", name, len(foreign), foreign[0])
     return layers
@@ -137,21 +158,33 @@ def to_other(
 ) -> dict[str, Tensor]:
     """Return a LoRA of any format with dotted keys behind `prefix`.
 
-    alpha is folded in: both factors of a LoRA are multiplied by the square root of alpha / rank. Factors of other
-    kinds (LoHa, LoKr, plain differences) keep their names and alpha.
+    prefix: with or without a dot behind it; empty for none. alpha is folded in: both factors of a LoRA are multiplied
+    by the square root of alpha / rank. Factors of other kinds (LoHa, LoKr, plain differences) keep their names and
+    alpha.
     """
+    start = f"{prefix.rstrip('.')}." if prefix else ""
     converted = {}
     for path, parts in read_layers(state_dict, name).items():
-        down = parts.get("lora_down.weight")
-        factor = torch.tensor(1.0)
-        if down is not None:
-            # In alpha's own dtype: files then equal those that other programs convert, bit by bit.
-            factor = (parts.get("alpha", torch.tensor(down.shape[0])) / down.shape[0]).sqrt()
-            parts = {part: tensor for part, tensor in parts.items() if part != "alpha"}
+        if "lora_down.weight" in parts:
+            parts = _alpha_folded_in(parts, f"{name}: {path}")
         for part, tensor in parts.items():
-            scaled = tensor * factor if part in _OTHER_PARTS else tensor
-            converted[f"{prefix}.{path}.{_OTHER_PARTS.get(part, part)}"] = scaled
+            converted[f"{start}{path}.{_OTHER_PARTS.get(part, part)}"] = tensor
     return converted
+
+
+def _alpha_folded_in(parts: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return the parts of a LoRA layer without alpha, whose effect the two factors share."""
+    rank = parts["lora_down.weight"].shape[0]
+    alpha = parts.get("alpha", torch.tensor(rank)).reshape(())
+    if alpha.dtype in FLOAT8:
+        raise UserError(f"{where}: float8 numbers cannot be scaled", "use the LoRA file in bf16, fp16 or fp32")
+    if alpha < 0:
+        raise UserError(f"{where}: alpha is {float(alpha):g}, whose sign dotted keys cannot hold", "use it as it is")
+    # In alpha's own dtype: files then equal those that other programs convert, bit by bit.
+    factor = (alpha / rank).sqrt()
+    return {
+        part: tensor * factor if part in _OTHER_PARTS else tensor for part, tensor in parts.items() if part != "alpha"
+    }
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -179,16 +212,34 @@ def weight_deltas(
     return deltas([(read_lora(path, option)[0], multiplier, f"{option} {path}") for path, multiplier in files])
 
 
+def delta_shapes(path: Path | str, option: str = "--lora_weight") -> dict[str, tuple[int, ...]]:
+    """Return, by name of a DiT weight, the shape of what a LoRA file adds to it. Raises as `weight_deltas` does."""
+    name = f"{option} {path}"
+    shapes = {}
+    for layer, parts in read_layers(read_lora(path, option)[0], name).items():
+        _refuse_dora(parts, f"{name}: {layer}")
+        shape = _weight_shape(parts, f"{name}: {layer}")
+        if shape is not None:
+            shapes[f"{layer}.weight"] = shape
+        if "diff_b" in parts:
+            shapes[f"{layer}.bias"] = tuple(parts["diff_b"].shape)
+    return shapes
+
+
+def _refuse_dora(parts: Mapping[str, Tensor], where: str) -> None:
+    if "dora_scale" in parts:
+        raise UserError(f"{where} is a DoRA, which is not supported", "merge it with another program")
+
+
 def deltas(loras: Sequence[tuple[Mapping[str, Tensor], float, str]]) -> dict[str, Callable[[], Tensor]]:
     """Return the functions of `weight_deltas` for LoRAs in memory: (state dict, multiplier, name for messages)."""
     terms: dict[str, list[tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor], float]]] = {}
     for state_dict, multiplier, name in loras:
         for path, parts in read_layers(state_dict, name).items():
-            if "dora_scale" in parts:
-                raise UserError(f"{name}: {path} is a DoRA, which is not supported", "merge it with another program")
+            _refuse_dora(parts, f"{name}: {path}")
             if "diff_b" in parts:
                 terms.setdefault(f"{path}.bias", []).append((_bias_delta, parts, multiplier))
-            if set(parts) - {"alpha", "diff_b"}:
+            if _adds_to_weight(parts):
                 terms.setdefault(f"{path}.weight", []).append((_kind_of(parts, f"{name}: {path}"), parts, multiplier))
     return {name: partial(_sum, weight_terms) for name, weight_terms in terms.items()}
 
@@ -207,6 +258,25 @@ def _kind_of(parts: Mapping[str, Tensor], where: str) -> Callable[[dict[str, Ten
         if needed <= set(parts):
             return delta
     raise UserError(f"{where}: incomplete, it has only {', '.join(sorted(parts))}", "use a complete LoRA file")
+
+
+def _adds_to_weight(parts: Mapping[str, Tensor]) -> bool:
+    return bool(set(parts) - {"alpha", "diff_b"})
+
+
+def _weight_shape(parts: Mapping[str, Tensor], where: str) -> tuple[int, ...] | None:
+    """Return the shape of what the parts of a layer add to its weight, None if only its bias changes.
+
+    Raises UserError unless the parts are complete and fit each other. Nothing is computed.
+    """
+    if not _adds_to_weight(parts):
+        return None
+    delta = _kind_of(parts, where)
+    try:
+        return tuple(delta({part: x if part == "alpha" else x.to("meta") for part, x in parts.items()}).shape)
+    except (RuntimeError, ValueError, IndexError):
+        sizes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+        raise UserError(f"{where}: parts that do not fit each other: {sizes}", "use a complete LoRA file") from None
 
 
 def _lora_delta(parts: dict[str, Tensor]) -> Tensor:

@@ -4,9 +4,19 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from networks.formats import deltas, detect_format, layer_path, to_default, to_other, weight_deltas, with_hashes
+from networks.formats import (
+    delta_shapes,
+    deltas,
+    detect_format,
+    layer_path,
+    read_lora,
+    to_default,
+    to_other,
+    weight_deltas,
+    with_hashes,
+)
 from utils.errors import UserError
 from utils.safetensors_io import read_metadata
 
@@ -178,3 +188,52 @@ def test_what_is_no_lora_is_refused_and_what_is_no_part_of_one_is_named(recipe, 
         deltas([({"blocks.0.ffn.0.lora_A.weight": torch.ones(1, 2)}, 1.0, "x")])
     to_default({**recipe.state_dict("lora_t2v"), "blocks.0.norm3.weight": torch.ones(1)}, "--input x")
     assert "--input x: 1 tensors are no part of a LoRA and ignored, e.g. blocks.0.norm3.weight" in caplog.text
+
+
+def _layer(down=(4, 96), up=(96, 4), alpha=2.0, value=0.1, name="lora_unet_blocks_0_self_attn_q"):
+    factors = {"lora_down.weight": torch.full(down, value), "lora_up.weight": torch.full(up, value)}
+    return {f"{name}.{part}": tensor for part, tensor in {**factors, "alpha": torch.tensor(alpha)}.items()}
+
+
+@pytest.mark.parametrize("use", [to_default, to_other, lambda layer: deltas([(layer, 1.0, "LoRA")])])
+@pytest.mark.parametrize("layer", [_layer(up=(96, 3)), _layer(down=()), _layer(alpha=[2.0, 3.0])])
+def test_parts_of_a_layer_that_do_not_fit_each_other_are_named_with_their_sizes(layer, use):
+    with pytest.raises(UserError, match=r"blocks.0.self_attn.q: parts that do not fit .* lora_up.weight \[96, \d\]"):
+        use(layer)
+
+
+def test_a_factor_without_the_other_is_an_error_in_conversion_too():
+    layer = {key: tensor for key, tensor in _layer().items() if "lora_up" not in key}
+    with pytest.raises(UserError, match="blocks.0.self_attn.q: incomplete, it has only alpha, lora_down.weight"):
+        to_other(layer)
+
+
+def test_an_alpha_that_cannot_be_folded_in_is_an_error_and_not_nan():
+    with pytest.raises(UserError, match="alpha is -2"):
+        to_other(_layer(alpha=-2.0))
+
+
+def test_the_prefix_may_end_with_a_dot_or_be_empty():
+    keys = [list(to_other(_layer(), prefix))[0] for prefix in ("transformer", "transformer.", "")]
+    path = "blocks.0.self_attn.q.lora_A.weight"
+    assert keys == [f"transformer.{path}", f"transformer.{path}", path]
+
+
+def test_a_lora_whose_training_diverged_is_refused(tmp_path):
+    save_file(_layer(value=float("nan")), tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=r"--lora_weight .*nan.safetensors: .*lora_down.weight has values that are not"):
+        weight_deltas([(tmp_path / "nan.safetensors", 1.0)])
+
+
+def test_a_file_that_is_no_lora_is_refused_before_its_tensors_are_read(recipe, tmp_path, monkeypatch):
+    save_file(recipe.state_dict("dit_t2v"), tmp_path / "dit.safetensors")
+    monkeypatch.setattr("utils.safetensors_io.TensorFile.get", lambda self, key: pytest.fail(f"{key} was read"))
+    with pytest.raises(UserError, match="not a LoRA: none of its"):
+        read_lora(tmp_path / "dit.safetensors", "--lora_weight")
+
+
+def test_shapes_of_deltas_are_known_without_computing_them(recipe, tmp_path):
+    state_dict = {**recipe.state_dict("lora_i2v"), "lora_unet_blocks_0_ffn_0.diff_b": torch.zeros(7)}
+    save_file(state_dict, tmp_path / "lora.safetensors")
+    want = {name: tuple(delta().shape) for name, delta in deltas([(state_dict, 1.0, "LoRA")]).items()}
+    assert delta_shapes(tmp_path / "lora.safetensors") == want and want["blocks.0.ffn.0.bias"] == (7,)

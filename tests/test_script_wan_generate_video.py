@@ -362,10 +362,13 @@ def test_a_lora_for_another_model_is_named(generate, models, lora, tmp_path):
     save_file(wide, tmp_path / "wide.safetensors")
     deep = {key.replace("blocks_0", "blocks_9"): value for key, value in tensors.items()}
     save_file(deep, tmp_path / "deep.safetensors")
+    late = {key: torch.zeros(4, 128) if "cross_attn_o.lora_down" in key else value for key, value in tensors.items()}
+    save_file(late, tmp_path / "late.safetensors")
     save_file({"nothing": torch.zeros(1)}, tmp_path / "none.safetensors")
     for name, line in (
         ("wide", "made for a model of another size"),
-        ("deep", "3 of its layers are not in the DiT, e.g. blocks.9.cross_attn.o.weight"),
+        ("late", "blocks.0.cross_attn.o.weight is (96, 128), not (96, 96)"),
+        ("deep", "3 of its 3 layers are not in the DiT, e.g. blocks.9.cross_attn.o.weight"),
         ("none", "not a LoRA"),
     ):
         found = refused(generate, lora_weight=[tmp_path / f"{name}.safetensors"], save_path=tmp_path / "out")
