@@ -96,8 +96,16 @@ def write_latents(config: DatasetConfig, item: DatasetItem, tensors: Mapping[str
     metadata = {**_FORMAT, "width": str(item.named_width), "height": str(item.named_height)}
     if item.source.is_video:
         metadata["frame_count"] = str(item.frames)
+    if fps := _source_fps(config):
+        metadata["source_fps"] = fps
     save_file_atomically(stored, path, metadata)
     return path
+
+
+def _source_fps(config: DatasetConfig) -> str | None:
+    """Return the frame rate that a video is resampled from, as in the metadata: names and shapes do not tell it."""
+    fps = getattr(config, "source_fps", None)
+    return None if fps is None else f"{fps:g}"
 
 
 def write_text(config: DatasetConfig, source: Source, text: Tensor) -> Path:
@@ -171,11 +179,14 @@ def may_be_deleted(path: Path, config: DatasetConfig) -> bool:
     return is_text or ("frame_count" in header.metadata) == (config.kind == "video")
 
 
-def why_remake_latents(path: Path, item: DatasetItem, names: Iterable[str], dtype: torch.dtype) -> str | None:
+def why_remake_latents(
+    config: DatasetConfig, item: DatasetItem, names: Iterable[str], dtype: torch.dtype
+) -> str | None:
     """Return why the latents of an item are to be cached (again), or None for a file that can be kept.
 
     names: the tensors it must hold, as in a batch; dtype: of the latents. Raises UserError for a file of another model.
     """
+    path = latent_path(config, item)
     header = _existing(path)
     if header is None:
         return "damaged" if path.is_file() else "not cached yet"
@@ -185,7 +196,13 @@ def why_remake_latents(path: Path, item: DatasetItem, names: Iterable[str], dtyp
     stored = {batch_name(key): dtype for key, dtype in header.dtypes.items()}["latents"]
     if stored != dtype:
         return f"in {dtype_name(stored)}"
-    return None if shapes["latents"][-2:] == (item.height // 8, item.width // 8) else "of another resolution"
+    if shapes["latents"][-2:] != (item.height // 8, item.width // 8):
+        return "of another resolution"
+    if header.metadata.get("source_fps") != _source_fps(config):
+        return "of another source_fps"
+    if "f_indices" in shapes and read_tensors(path)["f_indices"].tolist() != config.frame_indices:
+        return "of other one-frame indices"
+    return None
 
 
 def why_remake_text(path: Path, source: Source) -> str | None:

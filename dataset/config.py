@@ -62,6 +62,11 @@ class ImageConfig(DatasetConfig):
     fp_1f_clean_indices: tuple[int, ...] | None = None  # one-frame: the latent frames of the control pictures
     fp_1f_target_index: int | None = None  # one-frame: the latent frame of the picture itself
 
+    @property
+    def frame_indices(self) -> list[int]:
+        """One-frame: the latent frames of control pictures and picture, in the order in which they are cached."""
+        return sorted([*self.fp_1f_clean_indices, self.fp_1f_target_index])
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig(DatasetConfig):
@@ -164,7 +169,9 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser()
+    if any(character < " " for character in _text(value)):  # "C:\new" in TOML: \n is a line break
+        raise vol.Invalid(f"holds a line break or tab; {_BACKSLASHES}")
+    return Path(value).expanduser()
 
 
 def _extraction(value: Any) -> str:
@@ -180,6 +187,7 @@ def _fps(value: Any) -> float:
     return float(value)
 
 
+_BACKSLASHES = "in paths write / for \\, or put them into 'single quotes'"
 _SHARED = {
     "resolution": _resolution,
     "caption_extension": _text,
@@ -229,7 +237,9 @@ def _read(path: Path) -> tuple[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
     except (ValueError, IndexError) as error:  # toml.TomlDecodeError and json.JSONDecodeError are ValueErrors
-        raise UserError(f"{path}: is not valid {suffix[1:].upper()} ({error})") from None
+        line = "".join(text.splitlines()[getattr(error, "lineno", 0) - 1 :][:1])
+        fix = _BACKSLASHES if "\\" in line else "texts and paths stand in quotes; see docs/dataset_config.md"
+        raise UserError(f"{path}: is not valid {suffix[1:].upper()} ({error})", fix) from None
 
 
 def _dataset(report: "_Report", entry: Mapping[str, Any], number: int, fallback: Mapping[str, Any]) -> DatasetConfig:
@@ -237,7 +247,7 @@ def _dataset(report: "_Report", entry: Mapping[str, Any], number: int, fallback:
     entry = _translated(entry, f"{report.path}: {table}")
     # An entry with a picture source is a picture dataset even where a video key has strayed into it.
     is_video = not (entry.keys() & {"image_directory", "image_jsonl_file"}) and bool(
-        entry.keys() & {"video_directory", "video_jsonl_file", "target_frames", "frame_extraction", "source_fps"}
+        entry.keys() & (_VIDEO.keys() - _IMAGE.keys())
     )
     cls, schema, other = (VideoConfig, _VIDEO, _IMAGE) if is_video else (ImageConfig, _IMAGE, _VIDEO)
     values = {**fallback, **report.check_keys(entry, table, schema, elsewhere=other)}
@@ -350,7 +360,9 @@ class _Report:
         place = self.place(table, key)
         if "extra keys" in error.msg:
             known = [str(name) for name in schema]
-            return f"{place}: unknown key", suggest(key, known) or f"the keys are {', '.join(known)}"
+            # A typo in the key of the source may have made a video dataset one of pictures.
+            nearest = suggest(key, [*known, *_VIDEO] if table else known)
+            return f"{place}: unknown key", nearest or f"the keys are {', '.join(known)}"
         if "required key" in error.msg or error.msg.startswith("length"):
             return f"{self.path}: has no [[datasets]] entry", "see docs/dataset_config.md"
         if error.msg.startswith("expected"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from dataset.config import DatasetConfig, ImageConfig
 from utils.errors import UserError
+from utils.files import require_file
 from utils.options import suggest
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,10 @@ def _from_directory(config: DatasetConfig) -> list[Source]:
     is_video = config.kind == "video"
     paths = media_in(_require_folder(config.directory, config, key), VIDEO_SUFFIXES if is_video else IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(f"{config.where}: {key} {config.directory}: there are no {config.kind}s in this folder")
+        raise UserError(
+            f"{config.where}: {key} {config.directory}: there are no {config.kind}s in this folder",
+            f"they end in {', '.join(VIDEO_SUFFIXES if is_video else IMAGE_SUFFIXES)}; folders in it are not searched",
+        )
     if config.caption_extension is None:
         raise UserError(f"{config.where}: caption_extension is missing", 'add caption_extension = ".txt", for example')
     captions = {path: path.with_name(path.stem + config.caption_extension) for path in paths}
@@ -82,7 +86,7 @@ def _from_directory(config: DatasetConfig) -> list[Source]:
     if len(captioned) < len(paths):
         first = next(path for path in paths if path not in set(captioned))
         count = len(paths) - len(captioned)
-        logger.warning("%s: %d files have no caption and are left out, the first is %s", config.where, count, first)
+        logger.warning("%s: files left out because they have no caption: %d, the first %s", config.where, count, first)
     controls = _controls(config, captioned)
     return [Source(path, _read_caption(captions[path]), is_video, controls.get(path, ())) for path in captioned]
 
@@ -163,9 +167,7 @@ def _controls_needed(config: DatasetConfig) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- JSONL
 def _from_jsonl(config: DatasetConfig) -> list[Source]:
-    path = config.jsonl_file
-    if not path.is_file():
-        raise UserError(f"{config.where}: {config.kind}_jsonl_file {path}: no such file", "check the path")
+    path = require_file(config.jsonl_file, f"{config.where}: {config.kind}_jsonl_file", "the list")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

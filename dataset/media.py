@@ -267,6 +267,13 @@ def _readable(path: Path) -> Iterator[None]:
     """Turn what the decoders raise into a MediaError of one line with the path."""
     try:
         yield
-    except (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except (
+        av.error.FFmpegError,
+        Image.DecompressionBombError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        RuntimeError,
+    ) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError(f"{path}: cannot be read ({' '.join(reason.split())})") from None

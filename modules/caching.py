@@ -33,6 +33,7 @@ from dataset.items import DatasetItem, Source, find_sources
 from dataset.media import Clip, MediaError, plan_items, read_clips
 from utils.devices import compute_dtype
 from utils.errors import UserError
+from utils.files import require_writable_folder
 from utils.options import option
 from wan.clip import ClipOptions, ImageEncoder, load_clip
 from wan.conditioning import first_frame_condition
@@ -50,9 +51,11 @@ class CachingOptions:
 
     device: str | None = option(None, "where the encoder runs: cuda, cuda:1, cpu (default: cuda where there is one)")
     batch_size: int | None = option(
-        None, "examples encoded at once: for datasets that name no batch_size, and an upper limit for those that do"
+        None, "examples encoded at once, for datasets that name no batch_size; of latents never more than this"
     )
-    num_workers: int | None = option(None, "threads that read files ahead of the encoder (default: CPU cores - 1)")
+    num_workers: int | None = option(
+        None, "threads that read media ahead of the encoder (default: CPU cores - 1); captions need none"
+    )
     skip_existing: bool = option(False, "keep cache files that are complete and fit, without reading their media")
     keep_cache: bool = option(False, "do not delete cache files that no media file of the dataset belongs to any more")
 
@@ -78,7 +81,7 @@ class CachingResult:
         """Log what was done in a line, and each media file that could not be used; UserError when nothing is there."""
         if not self.written and not self.kept:
             first = next(iter(self.failed.values()), "no examples")
-            raise UserError(f"nothing could be cached: {len(self.failed)} files failed, the first: {first}")
+            raise UserError(f"nothing could be cached; files that failed: {len(self.failed)}, the first: {first}")
         for reason in self.failed.values():
             logger.warning("failed: %s", reason)
         counts = [f"{len(self.written)} cache files written", f"{len(self.kept)} kept", f"{len(self.failed)} failed"]
@@ -124,6 +127,7 @@ def cache_latents(
     if "f_indices" in names:
         _require_one_frame_keys(configs)
     sources = [(config, source) for config in configs for source in find_sources(config)]
+    _check_run(configs, options)
     result, reasons = CachingResult(), Counter()
     writer = _LatentWriter(load_encoders, dtype, names, options.batch_size)
     expected: dict[Path, set[Path]] = {config.cache_directory: set() for config in configs}
@@ -202,7 +206,7 @@ def _read(
     names = [*names, "latents_control"] if source.controls and not one_frame else names
 
     def why(item: DatasetItem) -> str | None:
-        return why_remake_latents(latent_path(config, item), item, names, dtype) if present is not None else "asked for"
+        return why_remake_latents(config, item, names, dtype) if present is not None else "asked for"
 
     try:
         if present:
@@ -300,7 +304,7 @@ def encode_one_frame(encoders: LatentEncoders, clip: Clip, config: ImageConfig) 
     picture_latent, grey, *control_latents = encoders.vae.encode(
         torch.stack([picture, torch.zeros_like(picture), *controls])
     )
-    indices = sorted([*config.fp_1f_clean_indices, config.fp_1f_target_index])
+    indices = config.frame_indices
     place = indices.index(config.fp_1f_target_index)
     frames = [*control_latents[:place], picture_latent, *control_latents[place:]]
     shown = [*control_latents[:place], grey, *control_latents[place:]]
@@ -354,6 +358,7 @@ def cache_texts(
                 reasons[reason] += 1
             else:
                 result.kept.append(path)
+    _check_run(configs, options)
     if options.skip_existing:
         _log_reasons(reasons)
     # Captions of about one length together: the encoder pads a batch to its longest.
@@ -387,6 +392,14 @@ def ahead(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int | Non
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _check_run(configs: Sequence[DatasetConfig], options: CachingOptions) -> None:
+    """Raise UserError for what would fail only after the encoder has been loaded."""
+    if options.num_workers is not None and options.num_workers < 0:
+        raise UserError(f"--num_workers {options.num_workers}: must be 0 or more", "leave it out")
+    for config in configs:
+        require_writable_folder(config.cache_directory, f"{config.where}: cache_directory")
 
 
 def _log_reasons(reasons: Counter) -> None:

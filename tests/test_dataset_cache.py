@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_why_latents_are_to_be_cached_again(tmp_path: Path):
     config, item = image_config(tmp_path), picture()
 
     def why(names=("latents",), dtype=torch.float32, item=item) -> str | None:
-        return why_remake_latents(latent_path(config, item), item, names, dtype)
+        return why_remake_latents(config, item, names, dtype)
 
     assert why() == "not cached yet"
     path = write_latents(config, item, LATENTS, torch.float32)
@@ -142,6 +143,25 @@ def test_why_latents_are_to_be_cached_again(tmp_path: Path):
     assert why(item=other) == "of another resolution"
     path.write_bytes(path.read_bytes()[:-1])
     assert why() == "damaged"
+
+
+def test_latents_of_another_frame_rate_or_of_other_one_frame_indices_are_cached_again(tmp_path: Path):
+    """Neither shows in a file's name or shapes."""
+    config = video_config(tmp_path)
+    for written, wanted in ((None, 30.0), (30.0, 24.0), (30.0, None)):
+        write_latents(replace(config, source_fps=written), clip(), LATENTS, torch.float32)
+        same, other = (
+            why_remake_latents(replace(config, source_fps=fps), clip(), ["latents"], torch.float32)
+            for fps in (written, wanted)
+        )
+        assert (same, other) == (None, "of another source_fps")
+    config = replace(image_config(tmp_path), fp_1f_clean_indices=(0,), fp_1f_target_index=1)
+    indices = {"f_indices": torch.tensor([0, 1])}
+    write_latents(config, picture(), LATENTS | indices, torch.float32)
+    wanted = ["latents", "f_indices"]
+    assert why_remake_latents(config, picture(), wanted, torch.float32) is None
+    config = replace(config, fp_1f_target_index=9)
+    assert why_remake_latents(config, picture(), wanted, torch.float32) == "of other one-frame indices"
 
 
 def test_why_a_text_is_to_be_cached_again(tmp_path: Path):

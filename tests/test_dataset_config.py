@@ -66,6 +66,7 @@ def test_an_old_spelling_is_read_as_the_new_one_with_a_warning(tmp_path: Path, c
     ("line", "message"),
     [
         ('cache_directry = "c"', "line 4: cache_directry: unknown key. Did you mean 'cache_directory'?"),
+        ('control_directory = "C:\\new"', "holds a line break or tab; in paths write / for \\, or put them into"),
         ("batch_size = 0", "line 4: batch_size = 0: must be a whole number of at least 1."),
         ("batch_size = true", "line 4: batch_size = true: must be a whole number of at least 1."),
         ("num_repeats = 1.5", "line 4: num_repeats = 1.5: must be a whole number of at least 1."),
@@ -121,7 +122,10 @@ def test_an_error_in_a_video_dataset_names_key_and_value(tmp_path: Path, line: s
             "cache_directory: belongs in a [[datasets]] entry, not in [general].",
         ),
         ("[genral]\n[[datasets]]\n", "genral: unknown key. Did you mean 'general'?"),
-        ("[[datasets]]\nimage_directory = oops", "is not valid TOML"),
+        ("[[datasets]]\nimage_directory = oops", "Texts and paths stand in quotes"),
+        ('[[datasets]]\nimage_directory = "C:\\Users"', "In paths write / for \\, or put them into 'single quotes'"),
+        ('[[datasets]]\nvideo_directroy = "v"', "video_directroy: unknown key. Did you mean 'video_directory'?"),
+        ('[[datasets]]\nvideo_directroy = "v"\nmax_frames = 9', "video_directroy: unknown key. Did you mean"),
         ('[[datasets]]\nimage_directory = "a"\nresolution = 16\nenable_bucket = true', "the area must be at least"),
     ],
 )

@@ -35,15 +35,13 @@ def test_pictures_without_caption_are_left_out_with_one_warning(tmp_path: Path, 
     write_pictures(folder, {"b": (64, 64), "c": (64, 64)}, caption=None)
     with caplog.at_level(logging.WARNING):
         assert [source.name for source in sources_of(tmp_path, image_directory=folder)] == ["a"]
-    assert (
-        len(caplog.records) == 1 and f"2 files have no caption and are left out, the first is {folder}" in caplog.text
-    )
+    assert len(caplog.records) == 1 and f"left out because they have no caption: 2, the first {folder}" in caplog.text
 
 
 def test_a_folder_that_gives_nothing_is_an_error_that_says_why(tmp_path: Path):
     folder = write_pictures(tmp_path / "pictures", {"a": (64, 64)}, caption=None)
     assert "none of the 1 images" in (error := error_of(tmp_path, image_directory=folder)) and "a.txt" in error
-    assert "there are no videos in this folder" in error_of(tmp_path, video_directory=folder)
+    assert "there are no videos in this folder. They end in .mp4, .webm," in error_of(tmp_path, video_directory=folder)
     assert "no such folder. Did you mean 'pictures'?" in error_of(tmp_path, image_directory=tmp_path / "picture")
     assert "is a file, not a folder" in error_of(tmp_path, image_directory=folder / "a.png")
     path = write_toml(tmp_path / "d.toml", {"resolution": 64}, {"image_directory": folder})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.config import VideoConfig
+from dataset.config import ImageConfig, VideoConfig
 from dataset.items import Source
 from dataset.media import (
     MediaError,
@@ -157,6 +157,18 @@ def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path: Path):
             with pytest.raises(MediaError) as error:
                 read(video(path), video_config())
             assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_whatever_a_decoder_raises_names_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pillow's AVIF decoder raises RuntimeError for a damaged file."""
+    path = write_pictures(tmp_path, {"a": (64, 64)}) / "a.png"
+
+    def fail(*_):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr("dataset.media.Image.open", fail)
+    with pytest.raises(MediaError, match="a.png: cannot be read .Failed to decode image"):
+        read_clips(Source(path, "x", is_video=False), ImageConfig(where="test", cache_directory=tmp_path))
 
 
 def test_a_video_shorter_than_all_target_lengths_gives_nothing(tmp_path: Path):

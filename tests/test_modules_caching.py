@@ -125,7 +125,7 @@ def test_when_nothing_can_be_cached_the_first_reason_is_the_error(tmp_path: Path
     lines = [{"video_path": tmp_path / name, "caption": "x"} for name in ("short.mp4", "missing.mp4")]
     dataset = {"video_jsonl_file": write_jsonl(tmp_path / "v.jsonl", lines), "cache_directory": tmp_path / "cache"}
     configs = load_config(write_toml(tmp_path / "data.toml", GENERAL, dataset | {"target_frames": [5]}))
-    with pytest.raises(UserError, match="2 files failed, the first: .*short.mp4: is shorter than the 5 frames"):
+    with pytest.raises(UserError, match="files that failed: 2, the first: .*short.mp4: is shorter than the 5 frames"):
         cache_latents(configs, not_loaded, torch.float32, QUIET).report()
 
 
@@ -140,6 +140,24 @@ def test_skip_existing_reads_no_media_and_loads_no_encoder(tmp_path: Path, encod
     texts = cache_texts(configs, not_loaded, skipping)
     assert len(latents.kept) == len(texts.kept) == 2 and not latents.written and not texts.written
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
+
+
+def test_what_cannot_work_is_said_before_the_encoder_loads(tmp_path: Path):
+    configs = pictures_config(tmp_path, {"a": (64, 64)})
+    few = CachingOptions(device="cpu", num_workers=-1)
+    for run in (
+        lambda: cache_latents(configs, not_loaded, torch.float32, few),
+        lambda: cache_texts(configs, not_loaded, few),
+    ):
+        with pytest.raises(UserError, match="--num_workers -1: must be 0 or more"):
+            run()
+    (tmp_path / "cache").touch()
+    for run in (
+        lambda: cache_latents(configs, not_loaded, torch.float32, QUIET),
+        lambda: cache_texts(configs, not_loaded, QUIET),
+    ):
+        with pytest.raises(UserError, match="cache_directory .*cache is a file, not a folder"):
+            run()
 
 
 def test_skip_existing_makes_again_what_no_longer_fits(tmp_path: Path, encoders, caplog):
