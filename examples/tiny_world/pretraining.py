@@ -7,6 +7,7 @@ Stopped at any time, the same command goes on from the last checkpoint. The resu
 """
 
 import io
+import itertools
 import math
 import random
 from collections.abc import Iterable
@@ -19,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.tiny_world.muon import Muon
-from examples.tiny_world.world import Scene, draw, random_scene, varied_caption
+from examples.tiny_world.training import Training
+from examples.tiny_world.world import Scene, draw, is_held_out, random_scene, varied_caption
 from modules.flow_matching import noised
 from utils.errors import run_script
 from utils.files import atomic_path
@@ -45,7 +46,7 @@ class PretrainingOptions:
     folder: Path | None = option(None, "where checkpoints and the results go", required=True)
     vae: Path | None = option(None, "the trained tiny VAE", required=True)
     steps: int = option(6000, "optimizer steps")
-    clips: int = option(6000, "clips to learn from")
+    clips: int = option(3000, "clips to learn from")
     batch_size: int = option(48, "clips a step")
     learning_rate: float = option(
         4e-3, "of Muon, which takes the blocks' matrices; AdamW takes the rest with half of it"
@@ -58,7 +59,10 @@ class PretrainingOptions:
 
 # ---------------------------------------------------------------------------------------------------------- data
 def scenes_of(options: PretrainingOptions) -> list[Scene]:
-    return [random_scene(random.Random(f"{options.seed}/dit/{i}")) for i in range(options.clips)]
+    """Return the scenes to learn from, none of which is held out."""
+    rng = random.Random(f"{options.seed}/dit")
+    endless = (random_scene(rng) for _ in itertools.count())
+    return list(itertools.islice((scene for scene in endless if not is_held_out(scene)), options.clips))
 
 
 @torch.no_grad()
@@ -182,71 +186,27 @@ def caption_of(scene: Scene, step: int, rng: random.Random) -> str:
     return varied_caption(scene, rng)
 
 
-def schedule(step: int, steps: int) -> float:
-    """Return the learning rate's factor: a warm-up over 100 steps, and a straight fall over the last 45 %."""
-    return min(1.0, (step + 1) / 100, max((steps - step) / (0.45 * steps), 0.01))
+def start(options: PretrainingOptions) -> Training:
+    """Return the training of both models, from its checkpoint in the folder or from initial weights."""
+    generator = torch.Generator().manual_seed(options.seed)
+    models = nn.ModuleDict({"t5": new_t5(generator), "dit": new_dit(generator)})
+
+    def schedule(step: int) -> float:
+        return min(1.0, (step + 1) / 100, max((options.steps - step) / (0.45 * options.steps), 0.01))
+
+    def is_matrix(name: str, weight: Tensor) -> bool:
+        return name.startswith("dit.blocks") and weight.ndim == 2
+
+    return Training(models, options.folder / "pretraining_state.pt", options.learning_rate, is_matrix, schedule)
 
 
-class Run:
-    """The two models in training, their optimizers and averages, and how far they are."""
-
-    def __init__(self, options: PretrainingOptions):
-        generator = torch.Generator().manual_seed(options.seed)
-        self.options, self.step = options, 0
-        self.models = nn.ModuleDict({"t5": new_t5(generator), "dit": new_dit(generator)})
-        named = dict(self.models.named_parameters())
-        matrices = {name: p for name, p in named.items() if ".blocks." in name and p.ndim == 2}
-        others = [p for name, p in named.items() if name not in matrices]
-        rate = options.learning_rate
-        self.rates = (rate, rate / 2)
-        self.optimizers = (
-            Muon(matrices.values(), rate, weight_decay=0.02),
-            torch.optim.AdamW(others, rate / 2, (0.9, 0.98), weight_decay=0.01),
-        )
-        self.average = {name: p.detach().clone() for name, p in named.items()}
-        self.file = options.folder / "pretraining_state.pt"
-        if self.file.is_file():
-            self.load(torch.load(self.file, weights_only=True))
-
-    def load(self, state: dict) -> None:
-        self.models.load_state_dict(state["models"])
-        self.average, self.step = state["average"], state["step"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-
-    def save(self) -> None:
-        state = {"models": self.models.state_dict(), "average": self.average, "step": self.step}
-        with atomic_path(self.file) as temporary:
-            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, temporary)
-
-    def apply_gradients(self) -> None:
-        """Take a step with both optimizers and follow it with the averages."""
-        factor = schedule(self.step, self.options.steps)
-        nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        decay = min(0.998, self.step / (self.step + 10))
-        with torch.no_grad():
-            for name, parameter in self.models.named_parameters():
-                self.average[name].lerp_(parameter, 1 - decay)
-
-    def save_results(self) -> None:
-        """Write the averaged weights in the official layouts, in half precision."""
-        live = {name: p.detach().clone() for name, p in self.models.named_parameters()}
-        with torch.no_grad():
-            for name, parameter in self.models.named_parameters():
-                parameter.copy_(self.average[name])
-        for name, weights in (("t5", official_t5(self.models["t5"])), ("dit_t2v", self.models["dit"].state_dict())):
-            heads = HEADS["dit" if name.startswith("dit") else name]
+def save_results(training: Training, folder: Path) -> None:
+    """Write the averaged weights in the official layouts, in half precision."""
+    with training.averaged():
+        dit, t5 = training.model["dit"].state_dict(), official_t5(training.model["t5"])
+        for name, weights, heads in (("t5", t5, HEADS["t5"]), ("dit_t2v", dit, HEADS["dit"])):
             halves = {key: weight.to(torch.bfloat16) for key, weight in weights.items()}
-            save_file_atomically(halves, self.options.folder / f"{name}.safetensors", {"num_heads": str(heads)})
-        with torch.no_grad():
-            for name, parameter in self.models.named_parameters():
-                parameter.copy_(live[name])
+            save_file_atomically(halves, folder / f"{name}.safetensors", {"num_heads": str(heads)})
 
 
 def main() -> None:
@@ -255,28 +215,27 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     scenes = scenes_of(options)
     latents = encoded_clips(scenes, load_vae(options.vae, torch.float32), options.folder / "latents.pt")
-    run = Run(options)
-    texts = TextBatch(run.models["t5"], train_tokenizer(options.folder / "spiece.model"))
-    progress = tqdm(total=options.steps, initial=run.step, desc="DiT", unit="step")
+    training = start(options)
+    texts = TextBatch(training.model["t5"], train_tokenizer(options.folder / "spiece.model"))
+    progress = tqdm(total=options.steps, initial=training.step, desc="DiT", unit="step")
     smooth = None
-    while run.step < options.steps:
+    while training.step < options.steps:
         # From the step alone, so that a run that goes on is the run that was not stopped.
-        rng = random.Random(f"{options.seed}/{run.step}")
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
+        rng = random.Random(f"{options.seed}/{training.step}")
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + training.step)
         chosen = [rng.randrange(len(scenes)) for _ in range(options.batch_size)]
         t = noise_levels(options.batch_size, options.shift, generator)
         clean = latents[chosen]
         x_t, velocity = noised(clean, torch.randn(clean.shape, generator=generator), t)
-        text = texts(caption_of(scenes[i], run.step, rng) for i in chosen)
-        loss = (run.models["dit"](x_t, 1000 * t, text) - velocity).square().mean()
-        loss.backward()
-        run.apply_gradients()
+        text = texts(caption_of(scenes[i], training.step, rng) for i in chosen)
+        loss = (training.model["dit"](x_t, 1000 * t, text) - velocity).square().mean()
+        training.learn_from(loss)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         progress.set_postfix(loss=f"{smooth:.4f}")
         progress.update()
-        if run.step % options.save_every == 0 or run.step == options.steps:
-            run.save()
-            run.save_results()
+        if training.step % options.save_every == 0 or training.step == options.steps:
+            training.save()
+            save_results(training, options.folder)
             assert math.isfinite(smooth), "the loss is not a number"
     print(options.folder / "dit_t2v.safetensors")
 

@@ -18,10 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.tiny_world.muon import Muon
+from examples.tiny_world.training import Training
 from examples.tiny_world.world import draw, random_scene
 from utils.errors import run_script
-from utils.files import atomic_path
 from utils.options import option, parse_options
 from utils.safetensors_io import save_file_atomically
 from wan.vae import LATENT_MEAN, LATENT_STD, VaeShape, WanVAE
@@ -176,72 +175,38 @@ def loss_of(vae: WanVAE, pixels: Tensor, kl: float) -> tuple[Tensor, Tensor]:
     return error.abs().mean() + squared + edges + kl * divergence, squared.detach()
 
 
-class Run:
-    """A VAE in training, its optimizers and the average of its weights, and how far it is."""
+def start(options: VaeTrainingOptions) -> Training:
+    """Return the training, from its checkpoint in the folder or from initial weights."""
+    width = options.width
+    vae = WanVAE(VaeShape(width, (width, 2 * width, 4 * width, 4 * width)))
+    initialize(vae, torch.Generator().manual_seed(options.seed))
 
-    def __init__(self, options: VaeTrainingOptions):
-        width = options.width
-        self.options, self.step = options, 0
-        self.vae = WanVAE(VaeShape(width, (width, 2 * width, 4 * width, 4 * width)))
-        initialize(self.vae, torch.Generator().manual_seed(options.seed))
-        named = dict(self.vae.named_parameters())
-        matrices = {name: p for name, p in named.items() if p.ndim > 1 and p[0].numel() > 1}
-        others = [p for name, p in named.items() if name not in matrices]
-        self.rates = (options.learning_rate, options.learning_rate / 2)
-        self.optimizers = (
-            Muon(matrices.values(), self.rates[0]),
-            torch.optim.AdamW(others, self.rates[1], (0.9, 0.99)),
-        )
-        self.average = {name: p.detach().clone() for name, p in named.items()}
-        self.file = options.folder / "vae_state.pt"
-        if self.file.is_file():
-            state = torch.load(self.file, weights_only=True)
-            self.vae.load_state_dict(state["vae"])
-            self.average, self.step = state["average"], state["step"]
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+    def schedule(step: int) -> float:
+        return max(min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / options.steps)), 0.01)
 
-    def train_on(self, pixels: Tensor) -> float:
-        """Take a step on clips [B 3 F S S]; return the squared error of their reconstruction."""
-        # From the step alone, so that a run that goes on is the run that was not stopped.
-        torch.manual_seed(self.options.seed + self.step)
-        loss, squared = loss_of(self.vae, pixels, self.options.kl)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
-        fall = 0.5 * (1 + math.cos(math.pi * self.step / self.options.steps))
-        factor = max(min(1.0, (self.step + 1) / 50) * fall, 0.01)
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        decay = min(0.998, self.step / (self.step + 10))
-        with torch.no_grad():
-            for name, parameter in self.vae.named_parameters():
-                self.average[name].lerp_(parameter, 1 - decay)
-        return squared.item()
+    def is_matrix(name: str, weight: Tensor) -> bool:
+        return weight.ndim > 1 and weight[0].numel() > 1
 
-    def save(self) -> None:
-        state = {"vae": self.vae.state_dict(), "average": self.average, "step": self.step}
-        with atomic_path(self.file) as temporary:
-            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, temporary)
+    return Training(vae, options.folder / "vae_state.pt", options.learning_rate, is_matrix, schedule)
 
 
-def train(options: VaeTrainingOptions, pool: np.ndarray, until: int | None = None) -> Run:
+def train(options: VaeTrainingOptions, pool: np.ndarray, until: int | None = None) -> Training:
     """Train to the last step, or `until` a step, from where the folder's checkpoint left off."""
-    run, smooth = Run(options), {}
-    with tqdm(total=options.steps, initial=run.step, desc="VAE", unit="step") as progress:
-        while run.step < (until or options.steps):
-            pixels = batch(pool, run.step, options)
-            squared = run.train_on(pixels)
+    training, smooth = start(options), {}
+    with tqdm(total=options.steps, initial=training.step, desc="VAE", unit="step") as progress:
+        while training.step < (until or options.steps):
+            # From the step alone, so that a run that goes on is the run that was not stopped.
+            torch.manual_seed(options.seed + training.step)
+            pixels = batch(pool, training.step, options)
+            loss, squared = loss_of(training.model, pixels, options.kl)
+            training.learn_from(loss)
             kind = f"{pixels.shape[2]}x{pixels.shape[3]}"
-            smooth[kind] = 0.95 * smooth.get(kind, squared) + 0.05 * squared
+            smooth[kind] = 0.95 * smooth.get(kind, squared.item()) + 0.05 * squared.item()
             progress.set_postfix({kind: f"{psnr(value):.1f}dB" for kind, value in sorted(smooth.items())})
             progress.update()
-            if run.step % options.save_every == 0 or run.step == options.steps:
-                run.save()
-    return run
+            if training.step % options.save_every == 0 or training.step == options.steps:
+                training.save()
+    return training
 
 
 def psnr(squared_error: float) -> float:
@@ -253,10 +218,10 @@ def main() -> None:
     (options,) = parse_options(__doc__, VaeTrainingOptions)
     torch.set_num_threads(options.threads)
     pool = draw_pool(options)
-    run = train(options, pool)
-    run.vae.load_state_dict(run.average)
-    normalize_latents(run.vae, pool[:64])
-    halves = {name: weight.half() for name, weight in run.vae.state_dict().items()}
+    training = train(options, pool)
+    with training.averaged():
+        normalize_latents(training.model, pool[:64])
+        halves = {name: weight.half() for name, weight in training.model.state_dict().items()}
     save_file_atomically(halves, options.folder / "vae.safetensors")
     print(options.folder / "vae.safetensors")
 

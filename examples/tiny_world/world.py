@@ -4,6 +4,7 @@ A scene is one shape in one colour that does one thing on one background; its ca
 """
 
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,6 +80,11 @@ def varied_caption(scene: Scene, rng: random.Random, rate: float = 0.1) -> str:
     thing = f"{color} {shape}".strip()
     words = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing} {motion} {background}"
     return " ".join(words.split())
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Return whether a scene's caption is one of the tenth that no DiT is trained on, so that it can be tested."""
+    return zlib.crc32(scene.caption.encode()) % 10 == 0
 
 
 def made_up_word(rng: random.Random) -> str:

@@ -1,0 +1,79 @@
+"""A training of the recipe: two optimizers, an average of the weights, checkpoints from which it goes on."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from examples.tiny_world.muon import Muon
+from utils.files import atomic_path
+
+
+class Training:
+    """A model in training and how far it is; starts from the checkpoint `file` where there is one.
+
+    Muon takes the weights for which is_matrix(name, weight) holds, with `rate` as its learning rate; AdamW takes the
+    others with half of it. schedule(step) is a factor on both.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        file: Path,
+        rate: float,
+        is_matrix: Callable[[str, Tensor], bool],
+        schedule: Callable[[int], float],
+    ):
+        self.model, self.file, self.schedule, self.step = model, file, schedule, 0
+        named = dict(model.named_parameters())
+        matrices = [weight for name, weight in named.items() if is_matrix(name, weight)]
+        others = [weight for name, weight in named.items() if not is_matrix(name, weight)]
+        self.rates = (rate, rate / 2)
+        self.optimizers = (
+            Muon(matrices, rate, weight_decay=0.02),
+            torch.optim.AdamW(others, rate / 2, (0.9, 0.98), weight_decay=0.01),
+        )
+        self.average = {name: weight.detach().clone() for name, weight in named.items()}
+        if file.is_file():
+            state = torch.load(file, weights_only=True)
+            model.load_state_dict(state["model"])
+            self.average, self.step = state["average"], state["step"]
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+
+    def learn_from(self, loss: Tensor) -> None:
+        """Take a step down the gradient of the loss with both optimizers, and follow it with the average."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self.schedule(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(0.998, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                self.average[name].lerp_(weight, 1 - decay)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {"model": self.model.state_dict(), "average": self.average, "step": self.step}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.file) as temporary:
+            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, temporary)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model have the average of its weights for a while."""
+        live = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self._set(self.average)
+        yield
+        self._set(live)
+
+    @torch.no_grad()
+    def _set(self, weights: dict[str, Tensor]) -> None:
+        for name, weight in self.model.named_parameters():
+            weight.copy_(weights[name])
