@@ -11,15 +11,17 @@ Run wan_cache_latents.py and wan_cache_text_encoder_outputs.py with the same dat
 
 from dataclasses import fields
 
-from modules.preflight import TrainOptions
+from modules.lora_training import NetworkOptions, TrainedLora
+from modules.train_options import TrainOptions
 from modules.trainer import LoggingOptions, make_trainer
 from utils.errors import run_script
 from utils.options import parse_options
 
 
 def main() -> None:
-    *groups, logs = parse_options(__doc__, *(field.type for field in fields(TrainOptions)), LoggingOptions)
-    make_trainer(TrainOptions(*groups), logs).run()
+    groups = [field.type for field in fields(TrainOptions)]
+    *options, network, logs = parse_options(__doc__, *groups, NetworkOptions, LoggingOptions)
+    make_trainer(TrainOptions(*options), TrainedLora(network), logs).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LoRA files of a training run: names, metadata, precision, and which of them are kept."""
+"""The files of a training run: names, metadata, precision, and which of them are kept."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from networks.formats import with_hashes
@@ -28,18 +29,22 @@ _MINIMUM = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_
 class SavingOptions:
     """saving"""
 
-    output_dir: Path | None = option(None, "folder for LoRA files")
+    output_dir: Path | None = option(None, "folder for the trained files")
     output_name: str | None = option(None, "their name, without a suffix")
     save_every_n_epochs: int | None = option(None, "save after every N epochs, as NAME-000001.safetensors")
     save_every_n_steps: int | None = option(None, "save after every N steps, as NAME-step00000001.safetensors")
     save_last_n_epochs: int | None = option(None, "of the files saved by epoch, keep only the last N")
     save_last_n_steps: int | None = option(None, "of the files saved by step, keep only those of the last N steps")
-    save_precision: str = option("float", "number format of LoRA files", choices=("float", "fp32", "fp16", "bf16"))
+    save_precision: str | None = option(
+        None,
+        "number format of the files (default: float for a LoRA, for a fine-tuned DiT that of the file it started from)",
+        choices=("float", "fp32", "fp16", "bf16"),
+    )
 
 
 @dataclass(frozen=True)
 class MetadataOptions:
-    """what LoRA files say of themselves"""
+    """what the files say of themselves"""
 
     no_metadata: bool = option(False, "leave out how the file was trained")
     training_comment: str | None = option(None, "a comment")
@@ -52,12 +57,12 @@ class MetadataOptions:
     metadata_arch: str | None = option(None, "architecture (default: wan2.1, or wan2.2 for the A14B tasks)")
 
 
-def check_saving(saving: SavingOptions, metadata: MetadataOptions) -> None:
-    """Raise UserError when the LoRA could not be saved; warn about a file that will be replaced."""
+def check_saving(saving: SavingOptions, metadata: MetadataOptions, dit: Path | None = None) -> None:
+    """Raise UserError when the result could not be saved, or in place of the DiT; warn about files to be replaced."""
     if saving.output_dir is None:
-        raise UserError("--output_dir is missing", "name the folder for LoRA files: --output_dir PATH")
+        raise UserError("--output_dir is missing", "name the folder for the trained files: --output_dir PATH")
     if not saving.output_name:
-        raise UserError("--output_name is missing", "name the LoRA: --output_name TEXT")
+        raise UserError("--output_name is missing", "name the trained files: --output_name TEXT")
     if Path(saving.output_name).name != saving.output_name:
         raise UserError(f"--output_name {saving.output_name}: is a path", "put the folder into --output_dir")
     for name in ("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps"):
@@ -73,6 +78,8 @@ def check_saving(saving: SavingOptions, metadata: MetadataOptions) -> None:
     except OSError as error:
         raise UserError(f"--output_dir {saving.output_dir}: cannot be written to ({error.strerror})") from None
     own = [path.name for path in saving.output_dir.glob("*.safetensors") if _is_of(saving.output_name, path.stem)]
+    if dit is not None and dit.name in own and dit.parent.resolve() == saving.output_dir.resolve():
+        raise UserError(f"--output_name {saving.output_name}: {dit} could be replaced", "choose another name or folder")
     if own:
         logger.warning(
             "%s holds files of this name already (%s); those of equal names are going to be replaced",
@@ -89,11 +96,13 @@ def _is_of(name: str, stem: str) -> bool:
 
 @dataclass
 class Checkpoints:
-    """Writes the LoRA files of a run and deletes those that `save_last_n_*` gives up."""
+    """Writes the files of a run and deletes those that `save_last_n_*` gives up."""
 
     options: SavingOptions
     metadata: Mapping[str, str]  # without what changes from file to file
     no_metadata: bool = False
+    dtype: torch.dtype = torch.float32  # of the tensors, where the options ask for no other
+    hashed: bool = True  # with hashes of the tensors, for which all of them are copied in memory
     _written: set[Path] = field(default_factory=set)  # only what this run wrote is ever deleted
 
     def save_step(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
@@ -119,14 +128,15 @@ class Checkpoints:
         return self.options.output_dir / f"{self.options.output_name}{ending}.safetensors"
 
     def _save(self, tensors: Mapping[str, Tensor], ending: str, step: int, epoch: int) -> Path:
-        path, dtype = self._path(ending), parse_dtype(self.options.save_precision)
+        precision = self.options.save_precision
+        path, dtype = self._path(ending), parse_dtype(precision) if precision else self.dtype
         stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
         now = time.time()
         metadata = {**self.metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(now)}
         metadata["modelspec.date"] = datetime.fromtimestamp(now).isoformat(timespec="seconds")
         if self.no_metadata:
             metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_") or key in _MINIMUM}
-        save_file_atomically(stored, path, with_hashes(stored, metadata))
+        save_file_atomically(stored, path, with_hashes(stored, metadata) if self.hashed else metadata)
         self._written.add(path)
         logger.info("saved %s", path)
         return path
@@ -140,13 +150,16 @@ class Checkpoints:
 
 
 def model_metadata(
-    options: MetadataOptions, name: str, family: str, timestep_range: tuple[int | None, int | None]
+    options: MetadataOptions, name: str, family: str, kind: str, timestep_range: tuple[int | None, int | None]
 ) -> dict[str, str]:
-    """Return the modelspec.* entries; family: "wan2.1"; timestep_range: the bounds of training, where there are any."""
+    """Return the modelspec.* entries.
+
+    family: "wan2.1"; kind: "/lora", or "" for a DiT; timestep_range: the bounds of training, where there are any.
+    """
     low, high = timestep_range
     entries = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"{options.metadata_arch or family}/lora",
+        "architecture": f"{options.metadata_arch or family}{kind}",
         "implementation": "https://github.com/Wan-Video/Wan2.1",
         "title": options.metadata_title or name,
         "resolution": _resolution(options.metadata_reso),

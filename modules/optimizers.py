@@ -72,17 +72,22 @@ class OptimizerOptions:
     )
 
 
-def check_optimizer(options: OptimizerOptions, device: torch.device, total_steps: int) -> None:
-    """Raise UserError for an optimizer or schedule that cannot be built, or that fails to step on the device."""
-    if options.learning_rate < 0:
+def check_optimizer(
+    options: OptimizerOptions, device: torch.device, total_steps: int, shapes: Sequence[tuple[int, ...]] = ((64, 64),)
+) -> None:
+    """Raise UserError for an optimizer or schedule that cannot be built, or that fails to step on the device.
+
+    shapes: of the kinds of parameters that it has to take; below 64 * 64 numbers, 8-bit optimizers are not put to use.
+    """
+    if not options.learning_rate >= 0:
         raise UserError(f"--learning_rate {options.learning_rate:g}: must not be negative")
-    if options.max_grad_norm < 0:
+    if not options.max_grad_norm >= 0:
         raise UserError(f"--max_grad_norm {options.max_grad_norm:g}: must not be negative", "0 switches clipping off")
-    # As large as the smallest tensor that the 8-bit optimizers treat as such.
-    weight = torch.nn.Parameter(torch.zeros(64, 64, device=device))
-    optimizer, _ = make_optimizer(options, [{"params": [weight], "lr": options.learning_rate}])
+    weights = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    optimizer, _ = make_optimizer(options, [{"params": weights, "lr": options.learning_rate}])
     make_schedule(options, optimizer, total_steps)
-    weight.grad = torch.zeros_like(weight)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
     try:
         optimizer.step()
     except Exception as error:

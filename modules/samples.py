@@ -96,7 +96,7 @@ def plan_samples(
 ) -> SamplePlan | None:
     """Return what is to be sampled, or None for nothing; raise UserError for what would fail during training.
 
-    output: the folder and name of the LoRA files.
+    output: the folder and name of the trained files.
     """
     for name in ("sample_every_n_steps", "sample_every_n_epochs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -215,19 +215,19 @@ class Sampler:
         every, count = (options.sample_every_n_steps, step) if epoch is None else (options.sample_every_n_epochs, epoch)
         return bool(every) and count % every == 0 and step != self._last_step
 
-    def make(self, dit: WanModel, network: nn.Module, step: int, epoch: int | None = None) -> list[Path]:
+    def make(self, dit: WanModel, trained: nn.Module, step: int, epoch: int | None = None) -> list[Path]:
         """Write the samples and return their files; the random numbers of training are not touched."""
         device = self.plan.models.device
         results = self._results(f"{step:06d}" if epoch is None else f"e{epoch:06d}")
         models = LiveModels(**vars(self.plan.models), live=dit)
-        network.eval()
+        trained.eval()
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 latents = denoise_all(self.requests, self.texts, self.conditions, models, SamplingOptions(), results)
                 release_memory(device)
                 decode_all(latents, results, self.vae.to(device), FPS)
         finally:
-            network.train()
+            trained.train()
             self._park()
         self._last_step = step
         return [path for result in results for path in (result.files.video, result.files.images) if path]

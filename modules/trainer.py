@@ -1,4 +1,4 @@
-"""The training loop: batches > noised latents > DiT with LoRA > loss > LoRA files."""
+"""The training loop: batches > noised latents > DiT > loss > what is trained > files."""
 
 import logging
 import os
@@ -20,8 +20,11 @@ from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints, model_metadata, new_session, training_metadata
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.optimizers import make_optimizer, make_schedule
-from modules.preflight import Plan, TrainOptions, check
+from modules.preflight import Plan, check
 from modules.samples import Sampler
+from modules.train_options import TrainOptions
+from modules.trained import Trained
+from utils.devices import default_device, dtype_name
 from utils.errors import UserError
 from utils.options import option
 from wan.configs import WanConfig
@@ -29,6 +32,8 @@ from wan.loading import load_dit
 from wan.model import WanModel
 
 logger = logging.getLogger(__name__)
+
+_BUNDLE = 1 << 26  # gradients to average over processes in one go
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,23 @@ class LoggingOptions:
     log_tracker_name: str = option("network_train", "name of the logs in that folder")
 
 
-def make_trainer(options: TrainOptions, logs: LoggingOptions) -> "Trainer":
+def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) -> "Trainer":
     """Check everything, load the DiT and return the run, on this process or on one of several that were launched."""
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise UserError(f"accelerate launch: {engine} is not available", "use --multi_gpu for several GPUs")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
     # The other processes wait for samples and files of the first one, which may take longer than the usual minutes.
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
     if not state.is_main_process:
         logging.disable(logging.WARNING)
     folder = log_folder(logs)
-    plan = check(options, _agreed_seed(options.training.seed), state.device, state.num_processes)
+    plan = check(options, trained, _agreed_seed(options.training.seed), state.device, state.num_processes)
     accelerator = Accelerator(
         cpu=on_cpu,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-        mixed_precision=plan.mixed_precision,
+        # No autocast, the DiT does without; gradients of float16 are scaled, or the small ones would be lost.
+        mixed_precision="fp16" if plan.dtype == torch.float16 else "no",
         log_with="tensorboard" if folder else None,
         project_dir=folder,
     )
@@ -69,7 +78,7 @@ def make_trainer(options: TrainOptions, logs: LoggingOptions) -> "Trainer":
         plan.config,
         plan.dtype,
         accelerator.device,
-        deltas=plan.base_deltas,
+        deltas=trained.deltas,
         attn_mode=plan.attn_mode,
         split_attn=options.attention.split_attn,
         fp8=options.precision.fp8_base,
@@ -85,58 +94,70 @@ class Trainer:
         options, training = plan.options, plan.options.training
         self.plan, self.accelerator, self.dit, self.sampler = plan, accelerator, dit, sampler
         self.dit.gradient_checkpointing = options.precision.gradient_checkpointing
-        self.network = plan.network.to(accelerator.device).train()
-        self.network.attach(dit)
+        self.trained = plan.trained
+        self.module = self.trained.attach(dit, accelerator.device)
+        self.parameters = list(self.module.parameters())
         workers = min(training.max_data_loader_n_workers, os.cpu_count() or 1)
         loader = make_loader(plan.data, workers, training.persistent_data_loader_workers)
         optimizer, self.optimizer_name = make_optimizer(
-            options.optimizer, self.network.parameter_groups(options.optimizer.learning_rate)
+            options.optimizer, self.trained.parameter_groups(options.optimizer.learning_rate)
         )
         self.loader, self.optimizer = accelerator.prepare(loader, optimizer)
         self.schedule = make_schedule(options.optimizer, self.optimizer, plan.total_steps)
+        if self.trained.fused:
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: self.update([parameter]))
         # Each process draws its own noise and dropout. On the CPU, so that a seed means the same on every device.
-        process_seed = (plan.seed + accelerator.process_index) % 2**32
+        process_seed = plan.seed + accelerator.process_index
         self.generator = torch.Generator().manual_seed(process_seed)
         torch.manual_seed(process_seed)
-        self.checkpoints = Checkpoints(options.saving, self.metadata(), options.metadata.no_metadata)
+        self.checkpoints = Checkpoints(
+            options.saving,
+            self.metadata(),
+            options.metadata.no_metadata,
+            self.trained.file_dtype(),
+            self.trained.hashed,
+        )
         self.step = 0
         self.losses: deque[float] = deque(maxlen=len(self.loader))
 
     def run(self) -> None:
-        """Train to the end and save the LoRA."""
+        """Train to the end and save the result."""
         self.log_start()
         self.sample(epoch=0)
-        progress = tqdm(total=self.plan.total_steps, desc="steps", disable=not self.accelerator.is_main_process)
-        for epoch in range(self.plan.epochs):
-            logger.info("epoch %d/%d", epoch + 1, self.plan.epochs)
-            self.loader.set_epoch(epoch)
-            epoch_losses = []
-            for batch in batches_of(self.loader):
-                with self.accelerator.accumulate(self.network):
-                    loss = self.loss(batch)
-                    self.accelerator.backward(loss)
-                    norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
-                epoch_losses.append(loss.item())
-                self.losses.append(epoch_losses[-1])
-                if self.accelerator.sync_gradients:
-                    self.step += 1
-                    progress.update()
-                    self.after_step(epoch)
-                average = sum(self.losses) / len(self.losses)
-                progress.set_postfix(avr_loss=average, **norms)
-                self.log(
-                    {"loss/current": epoch_losses[-1], "loss/average": average, **self.rates(), **norms}, self.step
-                )
-                if self.step >= self.plan.total_steps:
-                    break
-            self.log({"loss/epoch": sum(epoch_losses) / len(epoch_losses)}, epoch + 1)
-            self.after_epoch(epoch + 1)
-        progress.close()
-        self.network.detach()
+        total, silent = self.plan.total_steps, not self.accelerator.is_main_process
+        # Closed also by an error, whose line would else stand at the end of the bar.
+        with tqdm(total=total, desc="steps", disable=silent) as progress:
+            for epoch in range(self.plan.epochs):
+                self.epoch(epoch, progress)
         if self.accelerator.is_main_process:
-            self.checkpoints.save_final(self.network.state_dict(), self.step, self.plan.epochs)
+            self.checkpoints.save_final(self.trained.tensors(), self.step, self.plan.epochs)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+    def epoch(self, epoch: int, progress: tqdm) -> None:
+        """Train on all batches, or on those until the last step."""
+        logger.info("epoch %d/%d", epoch + 1, self.plan.epochs)
+        self.loader.set_epoch(epoch)
+        losses = []
+        for batch in batches_of(self.loader):
+            with self.accelerator.accumulate(self.module):
+                loss = self.loss(batch)
+                self.accelerator.backward(loss)
+                norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
+            losses.append(loss.item())
+            self.losses.append(losses[-1])
+            if self.accelerator.sync_gradients:
+                self.step += 1
+                progress.update()
+                self.after_step(epoch)
+            average = sum(self.losses) / len(self.losses)
+            progress.set_postfix(avr_loss=average, **norms)
+            self.log({"loss/current": losses[-1], "loss/average": average, **self.rates(), **norms}, self.step)
+            if self.step >= self.plan.total_steps:
+                break
+        self.log({"loss/epoch": sum(losses) / len(losses)}, epoch + 1)
+        self.after_epoch(epoch + 1)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, each sample at a noise level of its own."""
@@ -150,38 +171,39 @@ class Trainer:
         return flow_loss(prediction, velocity, loss_weights(options.weighting_scheme, t))
 
     def optimizer_step(self) -> dict[str, float]:
-        """Apply the gradients of all processes; return norms of the LoRA where they are limited."""
-        parameters = list(self.network.parameters())
+        """End an optimizer step, which a fused backward pass has done already; return what to log of the result."""
+        if not self.trained.fused:
+            self.update(self.parameters)
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        return self.trained.limit()
+
+    def update(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Apply the gradients that all processes have for these parameters, and drop them."""
         if self.accelerator.num_processes > 1:
             average_gradients(parameters, self.accelerator)
         if self.plan.options.optimizer.max_grad_norm:
             self.accelerator.clip_grad_norm_(parameters, self.plan.options.optimizer.max_grad_norm)
-        self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.schedule.step()
-        self.optimizer.zero_grad()
-        limit = self.plan.options.network.scale_weight_norms
-        if not limit:
-            return {}
-        names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
-        return dict(zip(names, self.network.scale_norms(limit), strict=True))
+        self.trained.step(self.optimizer, parameters)
+        for parameter in parameters:
+            parameter.grad = None
 
     def after_step(self, epoch: int) -> None:
-        self.sample()
         every = self.plan.options.saving.save_every_n_steps
         if every and self.step % every == 0 and self.accelerator.is_main_process:
-            self.checkpoints.save_step(self.network.state_dict(), self.step, epoch)
+            self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        self.sample()
 
     def after_epoch(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_epochs
         if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
-            self.checkpoints.save_epoch(self.network.state_dict(), self.step, epoch)
+            self.checkpoints.save_epoch(self.trained.tensors(), self.step, epoch)
         self.sample(epoch)
 
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
-            self.sampler.make(self.dit, self.network, self.step, epoch)
+            self.sampler.make(self.dit, self.module, self.step, epoch)
 
     def rates(self) -> dict[str, float]:
         return {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
@@ -193,7 +215,15 @@ class Trainer:
     def log_start(self) -> None:
         """Log the settings that people look for before they leave a run alone."""
         accelerator = self.accelerator
-        logger.info("device %s, DiT in %s, LoRA in float32", accelerator.device, self.dit.dtype)
+        count, dtype = sum(parameter.numel() for parameter in self.parameters), self.parameters[0].dtype
+        logger.info(
+            "device %s, DiT in %s; trained: %s of %s numbers in %s",
+            accelerator.device,
+            self.dit.dtype,
+            self.trained.noun,
+            f"{count:,}",
+            dtype_name(dtype),
+        )
         logger.info("optimizer %s, seed %d", self.optimizer_name, self.plan.seed)
         logger.info(
             "%d steps in %d epochs of %d batches on %d process(es), %d batches to a step",
@@ -205,12 +235,9 @@ class Trainer:
         )
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of LoRA files, but for what changes from file to file."""
+        """Return the metadata of the files, but for what changes from file to file."""
         options, summary = self.plan.options, self.plan.data.summary()
-        network, timesteps, optimizer = options.network, options.timesteps, options.optimizer
-        ranks = {branch.rank for _, branch in self.network.branches()}
-        alphas = {branch.alpha.item() for _, branch in self.network.branches()}
-        arguments = dict(item.split("=", 1) for item in network.network_args)
+        timesteps, optimizer = options.timesteps, options.optimizer
         values = {
             **new_session(),
             "output_name": options.saving.output_name,
@@ -225,11 +252,7 @@ class Trainer:
             "lr_warmup_steps": optimizer.lr_warmup_steps,
             "lr_scheduler": optimizer.lr_scheduler,
             "base_model_version": "wan",
-            "network_module": network.network_module,
-            "network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
-            "network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
-            "network_dropout": network.network_dropout,
-            **({"network_args": arguments} if arguments else {}),
+            **self.trained.training_metadata(),
             "mixed_precision": self.plan.mixed_precision,
             "seed": self.plan.seed,
             "training_comment": options.metadata.training_comment,
@@ -237,7 +260,6 @@ class Trainer:
             "max_grad_norm": optimizer.max_grad_norm,
             "fp8_base": options.precision.fp8_base,
             "full_fp16": False,
-            "full_bf16": False,
             "weighting_scheme": timesteps.weighting_scheme,
             "logit_mean": timesteps.logit_mean,
             "logit_std": timesteps.logit_std,
@@ -252,8 +274,8 @@ class Trainer:
         }
         family = "wan2.2" if self.plan.config.boundary else "wan2.1"
         bounds = (timesteps.min_timestep, timesteps.max_timestep)
-        name = options.saving.output_name
-        return training_metadata(values) | model_metadata(options.metadata, name, family, bounds)
+        model = model_metadata(options.metadata, options.saving.output_name, family, self.trained.architecture, bounds)
+        return {**self.trained.file_metadata(), **training_metadata(values), **model}
 
 
 def predict(dit: nn.Module, config: WanConfig, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
@@ -282,11 +304,19 @@ def condition_latents(config: WanConfig, batch: Batch) -> Tensor | None:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace each gradient by its mean over all processes; a branch that was dropped counts as a gradient of 0."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="mean")
-    for parameter, mean in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
-        parameter.grad = mean.view_as(parameter)
+    """Replace each gradient by its mean over all processes; a branch that was dropped counts as a gradient of 0.
+
+    Small ones travel together, up to some hundred MiB, which take as much memory again while they do.
+    """
+    bundle: list[nn.Parameter] = []
+    for number, parameter in enumerate(parameters, 1):
+        bundle.append(parameter)
+        if number == len(parameters) or sum(p.numel() for p in bundle) > _BUNDLE:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bundle]
+            flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="mean")
+            for p, mean in zip(bundle, flat.split([grad.numel() for grad in grads]), strict=True):
+                p.grad = mean.view_as(p)
+            bundle = []
 
 
 def log_folder(options: LoggingOptions) -> Path | None:

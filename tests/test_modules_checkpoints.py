@@ -53,7 +53,8 @@ def test_of_files_by_epoch_the_last_n_stay_and_older_runs_are_left_alone(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("float", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    ("name", "dtype"),
+    [("float", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), (None, torch.float32)],
 )
 def test_every_tensor_is_in_the_precision_asked_for(tmp_path, name, dtype):
     options = SavingOptions(output_dir=tmp_path, output_name="n", save_precision=name)
@@ -76,19 +77,22 @@ def test_without_metadata_a_file_still_says_how_to_load_it(tmp_path):
 
 
 def test_model_metadata_states_what_was_given_and_no_more():
-    entries = model_metadata(MetadataOptions(metadata_author="me", metadata_reso="832,480"), "n", "wan2.1", (None, 900))
+    entries = model_metadata(
+        MetadataOptions(metadata_author="me", metadata_reso="832,480"), "n", "wan2.1", "/lora", (None, 900)
+    )
     assert entries["modelspec.author"] == "me" and entries["modelspec.title"] == "n"
     assert entries["modelspec.architecture"] == "wan2.1/lora" and entries["modelspec.resolution"] == "832x480"
     assert entries["modelspec.timestep_range"] == "0,900" and "modelspec.license" not in entries
-    plain = model_metadata(MetadataOptions(metadata_reso="960"), "n", "wan2.2", (None, None))
-    assert plain["modelspec.resolution"] == "960x960" and "modelspec.timestep_range" not in plain
+    plain = model_metadata(MetadataOptions(metadata_reso="960"), "n", "wan2.2", "", (None, None))
+    assert plain["modelspec.resolution"] == "960x960" and plain["modelspec.architecture"] == "wan2.2"
+    assert "modelspec.timestep_range" not in plain
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         ({"output_name": "n"}, "--output_dir is missing. Name the folder"),
-        ({"output_dir": "."}, "--output_name is missing. Name the LoRA"),
+        ({"output_dir": "."}, "--output_name is missing. Name the trained files"),
         ({"output_dir": ".", "output_name": "a/b"}, "--output_name a/b: is a path. Put the folder into --output_dir."),
         (
             {"output_dir": ".", "output_name": "n", "save_every_n_steps": 0},
@@ -108,6 +112,16 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--output_dir .*file: cannot be written to"):
         check_saving(SavingOptions(output_dir=tmp_path / "file", output_name="n"), MetadataOptions())
+
+
+def test_a_run_does_not_replace_the_dit_it_starts_from(tmp_path):
+    for name in ("n.safetensors", "n-000002.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(
+            UserError, match=f"--output_name n: .*{name} could be replaced. Choose another name or fold"
+        ):
+            check_saving(SavingOptions(output_dir=tmp_path, output_name="n"), MetadataOptions(), tmp_path / name)
+    check_saving(SavingOptions(output_dir=tmp_path / "other", output_name="n"), MetadataOptions(), tmp_path / name)
 
 
 def test_files_that_a_run_is_going_to_replace_are_named(tmp_path, caplog):

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modules.generation import LoraOptions, Models, RunOptions, SamplingOptions, generate
+from modules.lora_training import NetworkOptions, TrainedLora
 from modules.outputs import Files, Result
-from modules.preflight import TrainOptions
 from modules.samples import SampleOptions, SamplePlan, Sampler, read_samples
+from modules.train_options import TrainOptions
 from modules.trainer import LoggingOptions, make_trainer
 from utils.errors import UserError
 from utils.options import parse_options
@@ -46,10 +47,9 @@ def trainer(models, golden, tmp_path):
         base = "--task t2v-1.3B --max_data_loader_n_workers 0 --output_name n --seed 3 --network_dropout 0.1"
         words = shlex.split(f"{base} --learning_rate 1e-3 {options.replace('PROMPTS', str(tmp_path / 'prompts.txt'))}")
         words += [str(word) for name, path in paths.items() for word in (f"--{name}", path)]
-        *groups, logs = parse_options(
-            "doc", *(field.type for field in fields(TrainOptions)), LoggingOptions, argv=words
-        )
-        return make_trainer(TrainOptions(*groups), logs)
+        groups = [field.type for field in fields(TrainOptions)]
+        *options, network, logs = parse_options("doc", *groups, NetworkOptions, LoggingOptions, argv=words)
+        return make_trainer(TrainOptions(*options), TrainedLora(network), logs)
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -61,7 +61,7 @@ def _files(folder):
 
 def test_a_sample_of_an_untrained_lora_is_what_generation_gives(trainer, tmp_path):
     run = trainer("--sample_prompts PROMPTS --sample_at_first --max_train_steps 1")
-    (path,) = run.sampler.make(run.dit, run.network, 0, 0)
+    (path,) = run.sampler.make(run.dit, run.module, 0, 0)
     plan = run.plan.samples
     result = Result(Files(images=tmp_path / "generated.png"), 1)
     generate([plan.samples[0].request], plan.models, SamplingOptions(), [result], 16)

@@ -11,7 +11,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dataset.loader import Batch, CachedItem
-from modules.preflight import AttentionOptions, TrainOptions, check_caches, choose_attention, choose_precision
+from modules.lora_training import NetworkOptions, TrainedLora
+from modules.precision import frozen_precision
+from modules.preflight import check_caches, choose_attention
+from modules.train_options import AttentionOptions, TrainOptions
 from modules.trainer import LoggingOptions, Trainer, average_gradients, condition_latents, make_trainer, predict
 from utils.errors import UserError
 from utils.options import parse_options
@@ -46,10 +49,9 @@ def trainer(models, dataset, tmp_path):
             "--output_dir": folder,
         }
         given += [str(word) for name, path in defaults.items() if name not in given for word in (name, path)]
-        *groups, logs = parse_options(
-            "doc", *(field.type for field in fields(TrainOptions)), LoggingOptions, argv=given
-        )
-        return make_trainer(TrainOptions(*groups), logs)
+        groups = [field.type for field in fields(TrainOptions)]
+        *options, network, logs = parse_options("doc", *groups, NetworkOptions, LoggingOptions, argv=given)
+        return make_trainer(TrainOptions(*options), TrainedLora(network), logs)
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -175,10 +177,41 @@ def test_gradients_are_averaged_over_processes_and_a_missing_one_counts_as_zero(
     assert [p.grad.tolist() for p in parameters] == [[[2.0] * 3] * 2, [0.0] * 4, [[2.0, 4.0]]]
 
 
+def test_gradients_travel_between_processes_in_bundles_of_bounded_size(monkeypatch):
+    class Alone:
+        sizes = []
+
+        def reduce(self, tensor, reduction):
+            self.sizes.append(tensor.numel())
+            return tensor
+
+    monkeypatch.setattr("modules.trainer._BUNDLE", 10)
+    parameters = [torch.nn.Parameter(torch.ones(size)) for size in (4, 4, 4, 30, 2)]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, number)
+    average_gradients(parameters, Alone())
+    assert Alone.sizes == [12, 30, 2]
+    assert [p.grad.mean().item() for p in parameters] == [0, 1, 2, 3, 4]
+
+
+def test_there_is_no_autocast_and_only_float16_gradients_are_scaled(trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = trainer()
+    assert run.dit.dtype == torch.bfloat16 and run.plan.mixed_precision == "bf16"
+    assert run.accelerator.mixed_precision == "no" and run.accelerator.scaler is None
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_shard_the_model_are_refused(trainer, monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UserError, match=f"accelerate launch: {engine} is not available. Use --multi_gpu"):
+        trainer()
+
+
 def test_norms_of_the_lora_are_limited(trainer):
     run = trainer("--learning_rate 1e-1 --max_train_epochs 1 --scale_weight_norms 0.5")
     run.run()
-    assert max(branch.norm().item() for _, branch in run.network.branches()) <= 0.5 + 1e-5
+    assert max(branch.norm().item() for _, branch in run.module.branches()) <= 0.5 + 1e-5
 
 
 def test_tensorboard_logs_hold_losses_and_learning_rates(trainer, tmp_path):
@@ -295,17 +328,25 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--log_with tensorboard", "--log_with tensorboard: needs a folder. Add --logging_dir PATH."),
         ("--dim_from_weights", "--dim_from_weights: needs the LoRA file. Add --network_weights PATH."),
         ("--base_weights_multiplier 1", "--base_weights_multiplier: 1 numbers for 0 --base_weights files."),
+        ("--seed -1", "--seed -1: must be from 0 to 2^63 - 1. Leave it out to have one drawn."),
+        (f"--seed {2**70}", f"--seed {2**70}: must be from 0 to 2^63 - 1."),
+        ("--learning_rate nan", "--learning_rate nan: must not be negative."),
+        ("--network_dim 0", "--network_dim 0: must be at least 1."),
+        ("--network_alpha -1", "--network_alpha -1: must not be negative."),
+        ("--network_dropout 2", "--network_dropout 2: must be from 0 to below 1."),
+        ("--scale_weight_norms 0", "--scale_weight_norms 0: must be greater than 0."),
+        ("--network_weights DIT", "--network_weights DIT: "),
     ],
 )
 def test_wrong_options_are_refused_in_one_line_before_the_model_loads(trainer, models, monkeypatch, options, line):
     monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     with pytest.raises(UserError) as error:
-        trainer(options)
+        trainer(options.replace("DIT", models["dit_t2v"].as_posix()))
     assert str(error.value).replace(str(models["dit_t2v"]), "DIT").startswith(line)
 
 
 def test_a_missing_output_name_is_found_at_once(trainer):
-    with pytest.raises(UserError, match="--output_name is missing. Name the LoRA: --output_name TEXT."):
+    with pytest.raises(UserError, match="--output_name is missing. Name the trained files: --output_name TEXT."):
         trainer(base=BASE.replace("--output_name name", ""))
 
 
@@ -361,7 +402,8 @@ def test_a_lora_for_another_model_is_refused(trainer, recipe, tmp_path):
     path = tmp_path / "i2v.safetensors"
     save_file_atomically(recipe.state_dict("lora_i2v"), path)
     with pytest.raises(
-        UserError, match="LoRA for another model: 4 of its 24 layers are not in this model, e.g. lora_unet_"
+        UserError,
+        match="--network_weights .*i2v.safetensors: LoRA for another model: 4 of its 24 layers are not in this model",
     ):
         trainer(f"--network_weights {path.as_posix()} --dim_from_weights")
     with pytest.raises(UserError, match="i2v.safetensors: LoRA for another model: 4 of its layers are not in the DiT"):
@@ -383,17 +425,17 @@ def test_a_lora_for_another_model_is_refused(trainer, recipe, tmp_path):
 )
 def test_the_computing_dtype_follows_from_option_file_and_device(monkeypatch, asked, file, device, want):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert choose_precision(asked, file, torch.device(device)) == want
+    assert frozen_precision(asked, file, torch.device(device)) == want
 
 
 def test_accelerates_mixed_precision_counts_where_the_script_is_not_told(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert choose_precision(None, torch.bfloat16, torch.device("cuda")) == ("bf16", torch.bfloat16)
-    assert choose_precision("no", torch.bfloat16, torch.device("cuda"))[0] == "no"
+    assert frozen_precision(None, torch.bfloat16, torch.device("cuda")) == ("bf16", torch.bfloat16)
+    assert frozen_precision("no", torch.bfloat16, torch.device("cuda"))[0] == "no"
     with pytest.raises(
         UserError, match="bf16 of accelerate launch: the DiT's file holds float16. Use --mixed_precision"
     ):
-        choose_precision(None, torch.float16, torch.device("cuda"))
+        frozen_precision(None, torch.float16, torch.device("cuda"))
 
 
 def test_sdpa_is_the_default_attention():

@@ -1,0 +1,87 @@
+"""The options that all training runs have, by subject."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.config import DatasetOptions
+from modules.checkpoints import MetadataOptions, SavingOptions
+from modules.flow_matching import TimestepOptions
+from modules.optimizers import OptimizerOptions
+from modules.samples import SampleOptions
+from utils.options import option
+from wan.clip import ClipOptions
+from wan.loading import DitOptions
+from wan.t5 import T5Options
+from wan.vae import VaeOptions
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """the training run"""
+
+    max_train_steps: int = option(1600, "optimizer steps to train")
+    max_train_epochs: int | None = option(None, "epochs to train, instead of a number of steps")
+    gradient_accumulation_steps: int = option(1, "batches that an optimizer step averages over")
+    seed: int | None = option(None, "of everything random (default: drawn, and logged)")
+    max_data_loader_n_workers: int = option(8, "processes that read caches, at most one a CPU core; 0: none")
+    persistent_data_loader_workers: bool = option(False, "keep these processes from epoch to epoch")
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """precision and memory"""
+
+    mixed_precision: str | None = option(
+        None,
+        "number format of the DiT: bf16 or fp16; no for that of its file, in fine-tuning for float32 "
+        "(default: accelerate's setting)",
+        choices=("no", "fp16", "bf16"),
+    )
+    fp8_base: bool = option(False, "hold the frozen DiT's linear weights as float8 (e4m3fn), which halves their memory")
+    fp8_scaled: bool = option(False, "with --fp8_base: with a scale for every 64 weights, which is more exact")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: much less memory")
+    blocks_to_swap: int = option(0, "not available yet: DiT blocks held in main memory")
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """attention, --sdpa unless another is asked for"""
+
+    sdpa: bool = option(False, "torch's own")
+    flash_attn: bool = option(False, "flash-attn 2")
+    flash3: bool = option(False, "flash-attn 3")
+    xformers: bool = option(False, "xformers")
+    sage_attn: bool = option(False, "refused: sage attention cannot be trained through")
+    split_attn: bool = option(False, "one video of a batch after the other, for less memory")
+
+
+@dataclass(frozen=True)
+class LaterOptions:
+    """not available yet"""
+
+    dit_high_noise: Path | None = option(None, "train on both models of Wan2.2")
+    save_state: bool = option(False, "save the state of the run beside each file")
+    save_state_on_train_end: bool = option(False, "save the state of the run at its end")
+    resume: Path | None = option(None, "continue from a saved state")
+    compile: bool = option(False, "compile the DiT with torch.compile")
+    huggingface_repo_id: str | None = option(None, "upload files to Hugging Face")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of a training run, but for what is trained."""
+
+    dit: DitOptions
+    data: DatasetOptions
+    training: TrainingOptions
+    precision: PrecisionOptions
+    attention: AttentionOptions
+    timesteps: TimestepOptions
+    optimizer: OptimizerOptions
+    saving: SavingOptions
+    metadata: MetadataOptions
+    samples: SampleOptions
+    vae: VaeOptions
+    t5: T5Options
+    clip: ClipOptions
+    later: LaterOptions

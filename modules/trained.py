@@ -1,0 +1,65 @@
+"""What a run trains and saves: the one thing in which training a LoRA and fine-tuning the DiT differ."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from modules.train_options import TrainOptions
+from wan.loading import Deltas
+from wan.model import WanModel, WanShape
+
+
+class Trained(ABC):
+    """What is trained. Used in the order of its methods: checked before the DiT loads, then attached to it."""
+
+    noun = ""  # what the log calls it
+    architecture = ""  # what the name of the model's family gets in the metadata of files
+    deltas: Deltas | None = None  # what is added to the DiT's weights while they load
+    shapes: tuple[tuple[int, ...], ...] = ((64, 64),)  # of parameters like those to train, to try an optimizer on
+    fused = False  # each parameter is updated as soon as its gradient is there
+    hashed = False  # files are told apart by hashes of their tensors
+
+    @abstractmethod
+    def check(
+        self, options: TrainOptions, shape: WanShape, file_dtype: torch.dtype, device: torch.device, seed: int
+    ) -> tuple[str, torch.dtype]:
+        """Return the mixed precision, as metadata and the log name it, and the dtype to load the DiT in.
+
+        Raises UserError for what would fail later. shape, file_dtype: of the DiT, which is not loaded yet.
+        """
+
+    @abstractmethod
+    def attach(self, dit: WanModel, device: torch.device) -> nn.Module:
+        """Make the loaded DiT and what is trained with it ready, and return the module with the parameters."""
+
+    @abstractmethod
+    def parameter_groups(self, learning_rate: float) -> list[dict]:
+        """Return the optimizer's parameter groups, each with the name under which its learning rate is logged."""
+
+    def step(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        """Apply the gradients, which only these parameters have."""
+        optimizer.step()
+
+    def limit(self) -> dict[str, float]:
+        """Hold what is trained within its limits after a step; return what to log of it."""
+        return {}
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file holds."""
+
+    @abstractmethod
+    def file_dtype(self) -> torch.dtype:
+        """Return the dtype of files where no other is asked for."""
+
+    @abstractmethod
+    def training_metadata(self) -> dict[str, Any]:
+        """Return by name what its files say of how it was trained, besides what they say of every run."""
+
+    def file_metadata(self) -> Mapping[str, str]:
+        """Return what else its files say of themselves."""
+        return {}
