@@ -1,6 +1,7 @@
 """Requests > embeddings > latents > pixels > files: the only path, with one model on the device at a time."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,9 @@ class LoraOptions:
                 f"--lora_multiplier: {len(self.lora_multiplier)} numbers for {len(self.lora_weight)} LoRA files",
                 fix="give one number for each --lora_weight",
             )
+        for multiplier in self.lora_multiplier:
+            if not math.isfinite(multiplier):
+                raise UserError(f"--lora_multiplier {multiplier}: not a usable number", fix="1.0 is full strength")
         return list(zip(self.lora_weight, (*self.lora_multiplier, *[1.0] * missing), strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from importlib import metadata as installed
 from pathlib import Path
@@ -32,8 +33,8 @@ from wan.attention import check_attention
 from wan.configs import WanConfig
 from wan.loading import check_dit, check_fp8
 from wan.model import WanModel, WanShape
-from wan.vae import vae_shape
-from wan.weights import describe, wrong_kind
+from wan.vae import WanVAE, vae_shape
+from wan.weights import check_names, describe, shapes_of, wrong_kind
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,12 @@ def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
 
 
 def check_vae(models: Models) -> None:
-    """Raise UserError unless --vae is the Wan2.1 VAE."""
+    """Raise UserError unless --vae is the Wan2.1 VAE, and whole: it may be needed only after the long denoising."""
     with open_tensors(models.vae.vae, "--vae", "the weights of the Wan2.1 VAE") as weights:
-        vae_shape(weights, f"--vae {models.vae.vae}")
+        where, found = f"--vae {models.vae.vae}", shapes_of(weights)
+        with torch.device("meta"):
+            vae = WanVAE(vae_shape(weights, where))
+    check_names(where, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}, found)
 
 
 def _check_run(run: RunOptions) -> None:
@@ -95,6 +99,13 @@ def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> N
         logger.warning("--slg_mode %s: ignored without --slg_layers", sampling.slg_mode)
     if sampling.slg_layers and not sampling.slg_mode:
         logger.warning("--slg_layers %s: ignored without --slg_mode", sampling.slg_layers)
+    for name in ("slg_start", "slg_end"):
+        if not 0 <= getattr(sampling, name) <= 1:
+            raise UserError(
+                f"--{name} {getattr(sampling, name)}: must be from 0 to 1", fix="it is a share of the steps"
+            )
+    if not math.isfinite(sampling.slg_scale):
+        raise UserError(f"--slg_scale {sampling.slg_scale}: not a usable number", fix="the default is 3.0")
     for request in requests:
         sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift)
 
@@ -237,7 +248,9 @@ def decode_files(models: Models, outputs: OutputOptions) -> None:
     loaded = [load_latent(path) for path in outputs.latent_path]
     check_vae(models)
     kept = [max(decoded_frame_count(latent) - outputs.trim_tail_frames, 1) for latent, _ in loaded]
-    named = [(metadata.get("seeds", 0), frames) for (_, metadata), frames in zip(loaded, kept, strict=True)]
+    seeds = [metadata.get("seeds") for _, metadata in loaded]
+    # Whatever else the metadata of a stranger's file say must not become part of a path.
+    named = [(seed if isinstance(seed, int) else 0, frames) for seed, frames in zip(seeds, kept, strict=True)]
     results = [
         Result(files, frames, None if outputs.no_metadata else metadata)
         for files, frames, (_, metadata) in zip(

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import atomic_path, require_file
+from utils.files import atomic_path, require_file, require_writable_folder
 from utils.options import option
 from utils.safetensors_io import open_tensors, save_file_atomically
 
@@ -35,6 +34,7 @@ OUTPUT_TYPES = {
     "latent_images": (("latent", "images"), ".png"),
 }
 MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors", ".webm", ".mkv", ".mov", ".avi", ".gif", ".webp", ".jpg", ".jpeg")
+MAX_FPS = 1000
 FrameWriter = Callable[[np.ndarray], None]
 
 
@@ -77,31 +77,22 @@ def check_outputs(options: OutputOptions, results: int) -> None:
     path = options.save_path
     if path is None:
         raise UserError("--save_path is missing", fix="give a folder, or the name of the file to write")
-    if options.fps < 1:
-        raise UserError(f"--fps {options.fps}: must be 1 or more", fix="Wan's motion is made for 16")
+    if not 1 <= options.fps <= MAX_FPS:
+        raise UserError(f"--fps {options.fps}: must be from 1 to {MAX_FPS}", fix="Wan's motion is made for 16")
     if options.trim_tail_frames < 0:
         raise UserError(f"--trim_tail_frames {options.trim_tail_frames}: must be 0 or more", fix="leave it out")
-    folder = path
-    if names_a_file(path):
-        expected = OUTPUT_TYPES[options.output_type][1]
-        if path.suffix.lower() != expected:
-            raise UserError(
-                f"--save_path {path}: --output_type {options.output_type} writes {expected} files",
-                fix=f"use {path.with_suffix(expected).name}, a folder, or another --output_type",
-            )
-        if results > 1:
-            raise UserError(f"--save_path {path}: names one file, but there are {results} results", fix="name a folder")
-        folder = path.parent
-    blocking = next((place for place in (folder, *folder.parents) if place.exists()), None)
-    if blocking is not None and not blocking.is_dir():
-        raise UserError(f"--save_path {path}: {blocking} is a file, not a folder", fix="choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise UserError(f"--save_path {path}: {folder} cannot be written to", fix="choose another folder")
+    if not names_a_file(path):
+        require_writable_folder(path, "--save_path")
+        return
+    expected = OUTPUT_TYPES[options.output_type][1]
+    if path.suffix.lower() != expected:
+        raise UserError(
+            f"--save_path {path}: --output_type {options.output_type} writes {expected} files",
+            fix=f"use {path.with_suffix(expected).name}, a folder, or another --output_type",
+        )
+    if results > 1:
+        raise UserError(f"--save_path {path}: names one file, but there are {results} results", fix="name a folder")
+    require_writable_folder(path.parent, "--save_path")
 
 
 def names_a_file(save_path: Path) -> bool:
@@ -120,7 +111,7 @@ def plan_files(
     path, time = options.save_path, datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     if names_a_file(path):
         latent = path if parts == ("latent",) else path.with_name(f"{path.stem}_latent.safetensors")
-        return [_files(parts, path.with_suffix(".mp4"), path.with_suffix(".png"), latent)]
+        return [_files(parts, path, path, latent)]
     planned, taken = [], set()
     for i, (seed, frames) in enumerate(results):
         plain = f"{time}_{seed}" + (f"_{sources[i].stem}" if sources else "")
@@ -143,7 +134,7 @@ def _files(parts: Sequence[str], video: Path, images: Path, latent: Path) -> Fil
 def save_latent(path: Path, latent: Tensor, metadata: Mapping[str, Any] | None) -> None:
     """Write a latent [16 f h w] as float32 under the key `latent`, its metadata as strings."""
     _warn_of_replacement(path)
-    texts = {name: value if isinstance(value, str) else _json(value) for name, value in (metadata or {}).items()}
+    texts = {name: _text(value) for name, value in (metadata or {}).items()}
     save_file_atomically({"latent": latent.float().cpu()}, path, texts)
     logger.info("wrote %s", path)
 
@@ -155,7 +146,7 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
             raise UserError(f"--latent_path {path}: there is no tensor 'latent' in it", fix="give a saved latent")
         latent, metadata = file.get("latent").float(), dict(file.metadata)
     latent = latent[0] if latent.ndim == 5 and len(latent) == 1 else latent
-    if latent.ndim != 4 or len(latent) != LATENT_CHANNELS:
+    if latent.ndim != 4 or len(latent) != LATENT_CHANNELS or latent.numel() == 0:
         raise UserError(f"--latent_path {path}: a tensor {list(latent.shape)} is no latent [16, frames, height, width]")
     if not bool(torch.isfinite(latent).all()):
         raise UserError(f"--latent_path {path}: the latent has values that are not finite", fix="make it again")
@@ -185,7 +176,7 @@ def frame_writer(files: Files, frames: int, fps: int, metadata: Mapping[str, Any
 
         yield write
     for path in filter(None, (files.video, files.images)):
-        logger.info("wrote %s", path if frames == 1 or path.suffix == ".mp4" else path.with_stem(f"{path.stem}_*"))
+        logger.info("wrote %s", path if frames == 1 or path == files.video else path.with_stem(f"{path.stem}_*"))
 
 
 @contextlib.contextmanager
@@ -194,7 +185,7 @@ def _video_writer(path: Path, fps: int, metadata: Mapping[str, Any] | None) -> I
     _warn_of_replacement(path)
     with atomic_path(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
         if metadata:
-            container.metadata["comment"] = _json(metadata)
+            container.metadata["comment"] = _text(metadata)
         stream = None
 
         def write(frame: np.ndarray) -> None:
@@ -244,7 +235,7 @@ def save_picture(path: Path, frame: np.ndarray, metadata: Mapping[str, Any] | No
     """Write one frame uint8 [H W 3] as a PNG file, the metadata as JSON in its text chunk `comment`."""
     info = PngInfo()
     if metadata:
-        info.add_itxt("comment", _json(metadata))
+        info.add_itxt("comment", _text(metadata))
     with atomic_path(path) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG", pnginfo=info)
 
@@ -254,8 +245,10 @@ def _warn_of_replacement(path: Path) -> None:
         logger.warning("%s exists and is replaced", path)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _text(value: Any) -> str:
+    """Return a text as it is and all else as JSON, without what no file can hold: bytes of a path that are no UTF-8."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _from_text(name: str, text: str) -> Any:

@@ -19,6 +19,8 @@ from wan.configs import DEFAULT_NEGATIVE_PROMPT, TASKS, WanConfig, default_flow_
 logger = logging.getLogger(__name__)
 
 PATCH_PIXELS = 16  # 8 by the VAE, 2 by the DiT's patches
+POSITIONS = 1024  # along each axis, in the DiT's own table
+MAX_PIXELS, MAX_FRAMES = POSITIONS * PATCH_PIXELS, 4 * (POSITIONS - 1) + 1
 MAX_SEED = 2**32 - 1
 
 
@@ -185,7 +187,7 @@ def _line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions
 
 def make_request(options: PromptOptions, config: WanConfig) -> Request:
     """Return a complete request: what is given, checked, and the task's defaults for the rest."""
-    if not options.prompt:
+    if not (options.prompt and options.prompt.strip()):
         raise UserError("--prompt is missing", fix='give a prompt: --prompt "a cat in the rain"')
     height, width = options.video_size
     check_size(width, height, config)
@@ -232,6 +234,11 @@ def check_size(width: int, height: int, config: WanConfig) -> None:
             f"--video_size {height} {width}: {pixels} pixels {name} is not a multiple of {PATCH_PIXELS}",
             fix=f"use {below} or {below + PATCH_PIXELS}",
         )
+    if max(width, height) > MAX_PIXELS:
+        raise UserError(
+            f"--video_size {height} {width}: more than {MAX_PIXELS} pixels, where the model's positions end",
+            fix=f"use a size near {config.sizes[0][1]} {config.sizes[0][0]}",
+        )
     if (width, height) not in config.sizes:
         sizes = ", ".join(f"{h} {w}" for w, h in config.sizes)
         logger.warning("--video_size %d %d: %s was trained at %s (height width)", height, width, config.name, sizes)
@@ -243,6 +250,11 @@ def frame_count(asked: int | None, config: WanConfig) -> int:
         return config.frames
     if asked < 1:
         raise UserError(f"--video_length {asked}: at least one frame is needed", fix=f"try {config.frames}")
+    if asked > MAX_FRAMES:
+        raise UserError(
+            f"--video_length {asked}: more than {MAX_FRAMES} frames, where the model's positions end",
+            fix=f"it was trained at {config.frames}",
+        )
     if config.frames == 1 and asked != 1:
         raise UserError(f"--video_length {asked}: {config.name} makes one picture", fix="use 1, or leave it out")
     frames = (asked - 1) // 4 * 4 + 1
@@ -282,6 +294,6 @@ def check_picture(path: Path, option: str) -> None:
     require_file(path, option, "a picture")
     try:
         with Image.open(path) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            image.load()  # verify() finds nothing wrong with half a JPEG
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{option} {path}: not a readable picture ({error})", fix="use a PNG or JPEG file") from None

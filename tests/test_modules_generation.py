@@ -178,6 +178,8 @@ def test_a_missing_multiplier_is_1_and_one_too_many_an_error():
     assert LoraOptions((a, b), (0.5,)).files() == [(a, 0.5), (b, 1.0)]
     with pytest.raises(UserError, match="--lora_multiplier: 3 numbers for 2 LoRA files"):
         LoraOptions((a, b), (1.0, 1.0, 1.0)).files()
+    with pytest.raises(UserError, match="--lora_multiplier nan: not a usable number"):
+        LoraOptions((a, b), (float("nan"),)).files()
 
 
 # ---------------------------------------------------------------------------------------------------------- stages

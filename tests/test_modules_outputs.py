@@ -59,6 +59,14 @@ def test_an_mp4_comes_back_with_its_frames_colours_rate_and_metadata(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
 
 
+def test_a_path_that_is_no_utf8_does_not_cost_the_finished_video(tmp_path):
+    metadata = {"image_path": "bad \udcff byte.png", "prompt": "b\udcffd"}
+    write(bars(), Files(video=tmp_path / "x.mp4", images=tmp_path / "x.png"), metadata)
+    save_latent(tmp_path / "x.safetensors", torch.zeros(16, 1, 2, 2), metadata)
+    want = {"image_path": "bad ? byte.png", "prompt": "b?d"}
+    assert json.loads(read(tmp_path / "x.mp4")[3]["comment"]) == load_latent(tmp_path / "x.safetensors")[1] == want
+
+
 def test_without_metadata_the_files_tell_nothing(tmp_path):
     write(bars(1), Files(video=tmp_path / "x.mp4", images=tmp_path / "x.png"), metadata=None)
     save_latent(tmp_path / "x.safetensors", torch.zeros(16, 1, 2, 2), None)
@@ -131,6 +139,7 @@ def test_a_pickled_latent_is_read_without_running_what_is_in_it(tmp_path):
     [
         ({"latents": torch.zeros(16, 1, 2, 2)}, "there is no tensor 'latent' in it"),
         ({"latent": torch.zeros(4, 1, 2, 2)}, r"a tensor \[4, 1, 2, 2\] is no latent"),
+        ({"latent": torch.zeros(16, 0, 2, 2)}, r"a tensor \[16, 0, 2, 2\] is no latent"),
         ({"latent": torch.full((16, 1, 2, 2), torch.nan)}, "values that are not finite"),
     ],
 )
@@ -173,7 +182,7 @@ def test_a_decoded_latent_adds_its_own_name(tmp_path):
     ("name", "output_type", "files"),
     [
         ("a.mp4", "video", Files(video="a.mp4")),
-        ("a.MP4", "both", Files(video="a.mp4", latent="a_latent.safetensors")),
+        ("a.MP4", "both", Files(video="a.MP4", latent="a_latent.safetensors")),
         ("a.safetensors", "latent", Files(latent="a.safetensors")),
         ("a.png", "images", Files(images="a.png")),
         ("a.png", "latent_images", Files(images="a.png", latent="a_latent.safetensors")),
@@ -201,7 +210,8 @@ def test_a_folder_may_be_called_like_a_file(tmp_path):
         ({"save_path": "x.webm"}, 1, "--output_type video writes .mp4 files"),
         ({"save_path": "x.mp4"}, 2, "names one file, but there are 2 results. Name a folder."),
         ({"save_path": "blocked/deep/folder"}, 1, "blocked is a file, not a folder"),
-        ({"save_path": "out", "fps": 0}, 1, "--fps 0: must be 1 or more"),
+        ({"save_path": "out", "fps": 0}, 1, "--fps 0: must be from 1 to 1000"),
+        ({"save_path": "out", "fps": 10**12}, 1, "--fps 1000000000000: must be from 1 to 1000"),
         ({"save_path": "out", "trim_tail_frames": -1}, 1, "--trim_tail_frames -1: must be 0 or more"),
     ],
 )

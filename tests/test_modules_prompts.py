@@ -119,6 +119,9 @@ def test_guidance_of_the_noisy_steps_is_the_task_s_unless_given():
     ("task", "options", "line"),
     [
         ("t2v-14B", {"prompt": None}, '--prompt is missing. Give a prompt: --prompt "a cat in the rain".'),
+        ("t2v-14B", {"prompt": " \t"}, "--prompt is missing"),
+        ("t2v-14B", {"video_size": (16, 16400)}, "--video_size 16 16400: more than 16384 pixels, where"),
+        ("t2v-14B", {"video_length": 4097}, "--video_length 4097: more than 4093 frames, where"),
         ("t2v-14B", {"video_size": (488, 832)}, "--video_size 488 832: 488 pixels high is not a multiple of 16"),
         ("t2v-14B", {"video_size": (480, 840)}, "840 pixels wide is not a multiple of 16. Use 832 or 848."),
         ("t2v-14B", {"video_size": (480, 0)}, "0 pixels wide is not a multiple of 16. Use 16 or 32."),
@@ -147,10 +150,16 @@ def test_flf2v_needs_its_end_image(picture):
         ask("flf2v-14B", image_path=picture)
 
 
-def test_a_picture_that_is_none_is_refused(tmp_path):
-    (tmp_path / "x.png").write_text("no picture")
-    with pytest.raises(UserError, match="--image_path .*x.png: not a readable picture"):
-        ask("i2v-14B", image_path=tmp_path / "x.png")
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_picture_that_is_none_or_half_a_one_is_refused(tmp_path, suffix):
+    whole, half, none = (tmp_path / f"{name}.{suffix}" for name in ("whole", "half", "none"))
+    Image.effect_noise((64, 64), 50).save(whole)
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    none.write_text("no picture")
+    assert ask("i2v-14B", image_path=whole).image == whole
+    for path in (half, none):
+        with pytest.raises(UserError, match=rf"--image_path .*{path.name}: not a readable picture"):
+            ask("i2v-14B", image_path=path)
 
 
 def test_an_unusual_size_or_length_is_only_a_warning(caplog):

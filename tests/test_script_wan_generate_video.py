@@ -325,6 +325,9 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
             "--slg_layers 2: there is no block 2. This DiT's blocks are 0 to 1.",
         ),
         ({"cfg_apply_ratio": 1.5}, "--cfg_apply_ratio 1.5: must be from 0 to 1"),
+        ({"slg_mode": "uncond", "slg_layers": "0", "slg_end": "inf"}, "--slg_end inf: must be from 0 to 1"),
+        ({"slg_start": "nan"}, "--slg_start nan: must be from 0 to 1"),
+        ({"slg_scale": "nan"}, "--slg_scale nan: not a usable number"),
         ({"latent_path": ["nothing.safetensors"]}, "--latent_path nothing.safetensors: no such file"),
         (
             {"latent_path": ["x.safetensors"], "output_type": "both"},
@@ -354,6 +357,22 @@ def test_bad_input_is_named_before_any_model_loads(generate, models, monkeypatch
 def test_weights_of_another_model_are_named(generate, models, picture, tmp_path, option, kind, line):
     i2v = {"task": "i2v-14B", "dit": "dit_i2v", "clip": models["clip"], "image_path": picture, "save_path": tmp_path}
     assert line in refused(generate, **{**i2v, option: models[kind]})
+
+
+def test_half_a_vae_is_found_out_before_any_model_loads(generate, models, monkeypatch, tmp_path):
+    monkeypatch.setattr("modules.generation.load_text_encoder", lambda *arguments: pytest.fail("too late"))
+    whole = load_file(models["vae"])
+    half = {key: tensor for key, tensor in whole.items() if not key.startswith("decoder.head")}
+    save_file(half, tmp_path / "half.safetensors")
+    line = refused(generate, vae=tmp_path / "half.safetensors", save_path=tmp_path / "out")
+    assert "half.safetensors: tensors do not fit; 3 missing: decoder.head.0.gamma, " in line
+
+
+def test_the_seed_in_a_stranger_s_latent_is_no_path(generate, tmp_path):
+    save_file({"latent": torch.zeros(16, 1, 4, 6)}, tmp_path / "a.safetensors", {"seeds": "../../outside"})
+    generate(latent_path=[tmp_path / "a.safetensors"], save_path=tmp_path / "in" / "here")
+    (video,) = tmp_path.rglob("*.mp4")
+    assert video.parent == tmp_path / "in" / "here" and video.name.endswith("_0_a.mp4")
 
 
 def test_a_lora_for_another_model_is_named(generate, models, lora, tmp_path):
