@@ -1,0 +1,233 @@
+"""Fine-tuning of the DiT's own weights, in this process, on recorded caches and tiny weights."""
+
+import json
+import shlex
+from dataclasses import fields
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from modules.full_training import FullOptions, TrainedDit, rounded_at_random, step_in_float32
+from modules.precision import trained_precision
+from modules.train_options import TrainOptions
+from modules.trainer import LoggingOptions, Trainer, make_trainer, predict
+from utils.errors import UserError
+from utils.options import parse_options
+from utils.safetensors_io import read_metadata, save_file_atomically
+from wan.configs import TASKS
+from wan.loading import load_dit
+
+BASE = "--task t2v-1.3B --max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3"
+
+
+@pytest.fixture(scope="module")
+def dataset(golden, tmp_path_factory):
+    """A dataset file over the recorded caches: pictures of three sizes, clips of three lengths, a movie."""
+    text = json.loads((golden / "cache_index.json").read_text())["plans"]["t2v"]["toml"]
+    path = tmp_path_factory.mktemp("dataset") / "data.toml"
+    path.write_text(text.replace("<GOLDEN>", golden.as_posix()))
+    return path
+
+
+@pytest.fixture
+def trainer(models, dataset, tmp_path):
+    """Return the Trainer that a command line makes; its files go to a folder of its own."""
+
+    def make(options: str = "", dit=models["dit_t2v"]) -> Trainer:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        paths = ["--dit", dit, "--dataset_config", dataset, "--output_dir", folder]
+        groups = [field.type for field in fields(TrainOptions)]
+        argv = [*shlex.split(f"{BASE} {options}"), *map(str, paths)]
+        *parsed, full, logs = parse_options("doc", *groups, FullOptions, LoggingOptions, argv=argv)
+        return make_trainer(TrainOptions(*parsed), TrainedDit(full), logs)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trained(run: Trainer):
+    """Run to the end and return the final file's path."""
+    run.run()
+    return run.plan.options.saving.output_dir / "name.safetensors"
+
+
+def test_the_dit_learns_to_tell_noise_from_the_videos_it_sees(trainer):
+    run = trainer("--learning_rate 3e-3 --max_train_epochs 30 --sigmoid_scale 0.2")
+    before = {name: value.clone() for name, value in run.dit.state_dict().items()}
+    trained(run)
+    untouched = trainer("--learning_rate 0 --max_train_epochs 1 --sigmoid_scale 0.2")
+    trained(untouched)
+    assert sum(run.losses) < 0.5 * sum(untouched.losses)
+    assert all(not torch.equal(before[name], value) for name, value in run.dit.state_dict().items())
+
+
+def test_the_file_is_the_live_model_with_its_keys_and_number_of_heads(trainer, models):
+    run = trainer("--learning_rate 1e-3 --max_train_steps 3 --metadata_author me --save_every_n_steps 2")
+    path = trained(run)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["name-step00000002.safetensors", "name.safetensors"]
+    source, result = load_file(models["dit_t2v"]), load_file(path)
+    assert {key: value.shape for key, value in source.items()} == {key: value.shape for key, value in result.items()}
+    metadata = read_metadata(path)
+    assert metadata["num_heads"] == "3" and metadata["modelspec.author"] == "me"
+    assert metadata["modelspec.architecture"] == "wan2.1" and metadata["ss_full_bf16"] == "False"
+    assert metadata["ss_steps"] == "3" and not any("network" in key or "sshs" in key for key in metadata)
+    config = TASKS["t2v-1.3B"]
+    loaded = load_dit(path, config, torch.float32, "cpu")
+    batch = next(iter(run.loader))
+    t = torch.full((len(batch),), 0.5)
+    with torch.no_grad():
+        velocities = [predict(dit, config, batch, batch.latents, t) for dit in (loaded, run.dit)]
+    assert torch.equal(*velocities)
+
+
+@pytest.mark.parametrize("flags", ["", "--full_bf16", "--full_bf16 --fused_backward_pass --gradient_checkpointing"])
+def test_the_same_seed_gives_the_same_weights_bit_by_bit(trainer, flags):
+    first, second = (load_file(trained(trainer(f"--learning_rate 1e-3 --max_train_steps 3 {flags}"))) for _ in "ab")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("flags", ["", "--optimizer_type adamw8bit", "--gradient_checkpointing"])
+def test_a_fused_backward_pass_gives_the_weights_of_the_plain_one(trainer, flags):
+    options = f"--learning_rate 1e-3 --max_train_steps 4 --max_grad_norm 0 --lr_scheduler linear {flags}"
+    plain, fused = (trainer(f"{options} {flag}") for flag in ("", "--fused_backward_pass"))
+    first, second = load_file(trained(plain)), load_file(trained(fused))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert plain.rates() == fused.rates() != {"lr/unet": 1e-3}
+    assert all(parameter.grad is None for parameter in fused.parameters)
+
+
+def test_a_fused_backward_pass_limits_each_gradient_alone(trainer):
+    run = trainer(
+        "--optimizer_type SGD --learning_rate 1 --max_train_steps 1 --max_grad_norm 1e-3 --fused_backward_pass"
+    )
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    trained(run)
+    steps = [(parameter - old).norm().item() for parameter, old in zip(run.parameters, before, strict=True)]
+    assert max(steps) == pytest.approx(1e-3, rel=0.01) and sum(step > 9e-4 for step in steps) > len(steps) / 2
+
+
+@pytest.mark.parametrize("flag", ["", "--fused_backward_pass"])
+def test_bfloat16_weights_learn_what_float32_weights_learn(trainer, flag):
+    options = "--learning_rate 1e-4 --max_train_epochs 3 --sigmoid_scale 0.2"
+    exact, rounded, untouched = (
+        trainer(f"{options} {flags}") for flags in ("", f"--full_bf16 {flag}", "--learning_rate 0")
+    )
+    for run in (exact, rounded, untouched):
+        trained(run)
+    assert {p.dtype for p in rounded.parameters} == {torch.bfloat16} and rounded.dit.dtype == torch.bfloat16
+    before, exactly, got = (run.dit.blocks[0].ffn[0].weight.detach().float() for run in (untouched, exact, rounded))
+    # Far less than half the distance of two bfloat16 numbers, which rounding to the nearest would lose.
+    assert (exactly - before).abs().max() < 0.01
+    moved, wanted = (got - before.to(torch.bfloat16).float()), exactly - before
+    assert (moved * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.1)
+
+
+def test_rounding_at_random_is_right_on_average_and_leaves_what_is_exact():
+    torch.manual_seed(0)
+    x = torch.tensor([1.0, -3.5, 0.1, -0.3, 1e-20, float("inf"), 0.0])
+    draws = torch.stack([rounded_at_random(x) for _ in range(4000)])
+    assert draws.dtype == torch.bfloat16
+    exact = x.to(torch.bfloat16).float() == x
+    assert exact.tolist() == [True, True, False, False, False, True, True]
+    assert (draws[:, exact] == x[exact]).all()
+    assert all(len(draws[:, i].unique()) == 2 for i in (2, 3, 4))
+    torch.testing.assert_close(draws[:, ~exact].double().mean(0), x[~exact].double(), rtol=2e-4, atol=0)
+
+
+def test_a_step_in_float32_is_the_optimizers_own_but_for_the_rounding():
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(40, 30).to(torch.bfloat16)) for _ in range(3)]
+    exact = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
+    optimizers = [torch.optim.AdamW(parameters, lr=0.1) for parameters in (weights, exact)]
+    places = [weight.data_ptr() for weight in weights]
+    for weight, copy in zip(weights[:2], exact[:2], strict=True):
+        weight.grad = torch.randn_like(weight)
+        copy.grad = weight.grad.float()
+    step_in_float32(optimizers[0], weights)
+    optimizers[1].step()
+    assert all(weight.grad is None and weight.dtype == torch.bfloat16 for weight in weights)
+    assert [weight.data_ptr() for weight in weights] == places
+    for weight, copy in zip(weights, exact, strict=True):
+        torch.testing.assert_close(weight.float(), copy, rtol=2**-7, atol=0)
+    assert torch.equal(weights[2].float(), exact[2])
+    assert {state["exp_avg"].dtype for state in optimizers[0].state.values()} == {torch.float32}
+
+
+def test_files_have_the_dtype_of_the_file_trained_from_unless_another_is_asked_for(trainer, models, tmp_path):
+    source = tmp_path / "half.safetensors"
+    half = {key: value.half() for key, value in load_file(models["dit_t2v"]).items()}
+    save_file_atomically(half, source, {"num_heads": "3", "modelspec.title": "old", "note": "kept"})
+    for flag, dtype in (("", torch.float16), ("--save_precision bf16", torch.bfloat16)):
+        run = trainer(f"--max_train_steps 1 {flag}", dit=source)
+        assert run.dit.dtype == torch.float32
+        path = trained(run)
+        assert {value.dtype for value in load_file(path).values()} == {dtype}
+        assert (read_metadata(path)["note"], read_metadata(path)["modelspec.title"]) == ("kept", "name")
+
+
+def test_samples_show_the_dit_in_training_and_do_not_change_the_run(trainer, models, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --w 32 --h 32 --f 1 --s 2 --d 1")
+    encoders = " ".join(f"--{name} {models[name].as_posix()}" for name in ("vae", "t5"))
+    sampling = f"--sample_prompts {prompts.as_posix()} --sample_every_n_steps 2 --sample_at_first {encoders}"
+    sampling += f" --t5_tokenizer {models['tokenizer'].as_posix()}"
+    options = "--learning_rate 1e-2 --max_train_steps 2"
+    plain, sampled = trained(trainer(options)), trained(trainer(f"{options} {sampling}"))
+    first, second = load_file(plain), load_file(sampled)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    pictures = sorted((sampled.parent / "sample").iterdir())
+    assert len(pictures) == 2 and pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------------- wrong options
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--fp8_base", "--fp8_base: is not available in fine-tuning, float8 weights are frozen. Leave it out."),
+        ("--fp8_scaled", "--fp8_scaled: is not available in fine-tuning, float8 weights are frozen. Leave it out."),
+        ("--blocks_to_swap 3", "--blocks_to_swap: is not available yet. Leave it out."),
+        (
+            "--fused_backward_pass --gradient_accumulation_steps 2",
+            "--fused_backward_pass: keeps no gradients for --gradient_accumulation_steps 2 to add up. Leave one",
+        ),
+        (
+            "--mixed_precision bf16",
+            "--mixed_precision bf16: the weights are trained either in float32 or, with --full_",
+        ),
+        (
+            "--optimizer_type Muon",
+            "--optimizer_type Muon: Muon refuses its arguments (Muon only supports 2D parameters",
+        ),
+        ("--network_dim 4", "--network_dim: unknown option."),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line_before_the_model_loads(trainer, monkeypatch, options, line):
+    monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError) as error:
+        trainer(options)
+    assert str(error.value).startswith(line)
+
+
+def test_float8_weights_cannot_be_trained(trainer, models, tmp_path):
+    path = tmp_path / "float8.safetensors"
+    weights = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(models["dit_t2v"]).items()}
+    save_file_atomically(weights, path, {"num_heads": "3"})
+    with pytest.raises(UserError, match="holds float8 weights, which are too coarse to train. Use the bf16 file."):
+        trainer(dit=path)
+
+
+def test_weights_are_float32_or_all_bfloat16(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert trained_precision(None, full_bf16=False) == ("no", torch.float32)
+    assert trained_precision(None, full_bf16=True) == ("bf16", torch.bfloat16)
+    assert trained_precision("bf16", full_bf16=True) == ("bf16", torch.bfloat16)
+    for asked, flag in (("fp16", False), ("bf16", False), ("no", True), ("fp16", True)):
+        with pytest.raises(UserError, match=f"--mixed_precision {asked}"):
+            trained_precision(asked, flag)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert trained_precision("no", full_bf16=False) == ("no", torch.float32)
+    with pytest.raises(UserError, match="--mixed_precision bf16 of accelerate launch: the weights are trained either"):
+        trained_precision(None, full_bf16=False)
