@@ -59,7 +59,7 @@ class TrainedDit(Trained):
                 f"--fused_backward_pass: keeps no gradients for --gradient_accumulation_steps {steps} to add up",
                 "leave one of them out",
             )
-        self._file_dtype = file_dtype
+        self._file_dtype, self._seed = file_dtype, seed
         own = ("ss_", "sshs_", "modelspec.")  # what a file says of its own training and tensors
         with open_tensors(options.dit.dit, "--dit") as file:
             inherited = {key: text for key, text in file.metadata.items() if not key.startswith(own)}
@@ -68,6 +68,8 @@ class TrainedDit(Trained):
 
     def attach(self, dit: WanModel, device: torch.device) -> nn.Module:
         self.dit = dit.requires_grad_(True).train()
+        # Its own, and with the same seed in all processes: their weights would drift apart otherwise.
+        self.generator = torch.Generator(device).manual_seed(self._seed)
         return dit
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
@@ -75,7 +77,7 @@ class TrainedDit(Trained):
 
     def step(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         if self.options.full_bf16:
-            step_in_float32(optimizer, parameters)
+            step_in_float32(optimizer, parameters, self.generator)
         else:
             optimizer.step()
 
@@ -93,7 +95,7 @@ class TrainedDit(Trained):
 
 
 @torch.no_grad()
-def step_in_float32(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+def step_in_float32(optimizer: Optimizer, parameters: Sequence[nn.Parameter], generator: torch.Generator) -> None:
     """Step the parameters one by one, each as float32 for that moment, and round it back at random.
 
     Most steps are smaller than half the distance between two bfloat16 numbers: rounded to the nearest one, they would
@@ -110,16 +112,16 @@ def step_in_float32(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) ->
         parameter.grad = gradient.float()
         optimizer.step()
         parameter.grad = None
-        stored.copy_(rounded_at_random(parameter.data))
+        stored.copy_(rounded_at_random(parameter.data, generator))
         parameter.data = stored
 
 
-def rounded_at_random(x: Tensor) -> Tensor:
+def rounded_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     """Return float32 numbers as one of the two nearest bfloat16 numbers, by chance the nearer the likelier.
 
     The mean over many draws is x. bfloat16 is the upper half of float32's bits: what is added to the lower half carries
     over with a probability of its value.
     """
-    bits = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    bits = torch.randint(0, 1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
     bits.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16))
     return bits.view(torch.float32).to(torch.bfloat16)

@@ -89,6 +89,18 @@ def test_the_same_seed_gives_the_same_weights_bit_by_bit(trainer, flags):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_processes_that_draw_other_noise_round_their_weights_alike(trainer):
+    weights = []
+    for seed in (1, 2):
+        run = trainer("--full_bf16 --learning_rate 1e-4")
+        torch.manual_seed(seed)
+        for number, parameter in enumerate(run.parameters):
+            parameter.grad = torch.full_like(parameter, number + 1)
+        run.update(run.parameters)
+        weights.append([parameter.detach().clone() for parameter in run.parameters])
+    assert all(torch.equal(first, second) for first, second in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("flags", ["", "--optimizer_type adamw8bit", "--gradient_checkpointing"])
 def test_a_fused_backward_pass_gives_the_weights_of_the_plain_one(trainer, flags):
     options = f"--learning_rate 1e-3 --max_train_steps 4 --max_grad_norm 0 --lr_scheduler linear {flags}"
@@ -126,9 +138,9 @@ def test_bfloat16_weights_learn_what_float32_weights_learn(trainer, flag):
 
 
 def test_rounding_at_random_is_right_on_average_and_leaves_what_is_exact():
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     x = torch.tensor([1.0, -3.5, 0.1, -0.3, 1e-20, float("inf"), 0.0])
-    draws = torch.stack([rounded_at_random(x) for _ in range(4000)])
+    draws = torch.stack([rounded_at_random(x, generator) for _ in range(4000)])
     assert draws.dtype == torch.bfloat16
     exact = x.to(torch.bfloat16).float() == x
     assert exact.tolist() == [True, True, False, False, False, True, True]
@@ -146,7 +158,7 @@ def test_a_step_in_float32_is_the_optimizers_own_but_for_the_rounding():
     for weight, copy in zip(weights[:2], exact[:2], strict=True):
         weight.grad = torch.randn_like(weight)
         copy.grad = weight.grad.float()
-    step_in_float32(optimizers[0], weights)
+    step_in_float32(optimizers[0], weights, torch.Generator())
     optimizers[1].step()
     assert all(weight.grad is None and weight.dtype == torch.bfloat16 for weight in weights)
     assert [weight.data_ptr() for weight in weights] == places
