@@ -92,8 +92,12 @@ def _from_directory(config: DatasetConfig) -> list[Source]:
 
 
 def media_in(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Return the files of a folder (not of folders in it) with one of the suffixes, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+    """Return the files of a folder (not of folders in it) with one of the suffixes, sorted by name.
+
+    Hidden ones are left out: macOS puts a `._a.mp4` of its own beside `a.mp4` on disks of other systems.
+    """
+    paths = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name[0] != ".")
+    return sorted(path for path in paths if path.is_file())
 
 
 def _require_folder(folder: Path, config: DatasetConfig, key: str) -> Path:

@@ -30,6 +30,13 @@ def test_a_folder_gives_its_pictures_sorted_with_stripped_captions(tmp_path: Pat
     assert [(source.name, source.caption) for source in found] == [("a", "two\nlines"), ("b.x", "two\nlines")]
 
 
+def test_hidden_files_are_no_media(tmp_path: Path):
+    """macOS makes `._a.png` and `._a.txt`, neither a picture nor text, on disks that are not its own."""
+    folder = write_pictures(tmp_path / "i", {"a": (64, 64), "._a": (64, 64)})
+    (folder / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    assert [source.name for source in sources_of(tmp_path, image_directory=folder)] == ["a"]
+
+
 def test_pictures_without_caption_are_left_out_with_one_warning(tmp_path: Path, caplog):
     folder = write_pictures(tmp_path / "i", {"a": (64, 64)})
     write_pictures(folder, {"b": (64, 64), "c": (64, 64)}, caption=None)
