@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dataset.cache import read_header
+from dataset.cache import read_header, write_latents
 from dataset.config import DatasetConfig, load_config
 from dataset.media import plan_items
 from modules.caching import (
@@ -158,6 +158,25 @@ def test_what_cannot_work_is_said_before_the_encoder_loads(tmp_path: Path):
     ):
         with pytest.raises(UserError, match="cache_directory .*cache is a file, not a folder"):
             run()
+
+
+def test_a_run_that_was_stopped_leaves_complete_caches_and_the_next_one_goes_on(tmp_path: Path, encoders, monkeypatch):
+    configs = pictures_config(tmp_path, {name: (64, 64) for name in "abc"})
+    written = []
+
+    def write_two(*given: object) -> Path:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(write_latents(*given))
+        return written[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("modules.caching.write_latents", write_two)
+        cache_latents(configs, lambda: encoders, torch.float32, QUIET)
+    assert cache_names(tmp_path) == ["a_0064x0064_wan.safetensors", "b_0064x0064_wan.safetensors"]
+    skipping = CachingOptions(device="cpu", num_workers=1, skip_existing=True)
+    result = cache_latents(configs, lambda: encoders, torch.float32, skipping)
+    assert sorted(result.kept) == sorted(written) and len(result.written) == 1
 
 
 def test_skip_existing_makes_again_what_no_longer_fits(tmp_path: Path, encoders, caplog):
