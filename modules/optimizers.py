@@ -41,7 +41,7 @@ class OptimizerOptions:
     optimizer_args: tuple[str, ...] = option(
         (), "arguments of the optimizer, key=value with Python literals: weight_decay=0.01 betas=0.9,0.99"
     )
-    learning_rate: float = option(2e-6, "learning rate; 1e-4 to 2e-4 is usual for a LoRA")
+    learning_rate: float = option(2e-6, "learning rate; usual are 1e-4 to 2e-4 for a LoRA, 1e-5 in fine-tuning")
     max_grad_norm: float = option(1.0, "gradients with a greater norm are scaled down to it; 0: never")
     lr_scheduler: str = option(
         "constant",
