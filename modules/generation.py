@@ -1,8 +1,10 @@
 """Requests > embeddings > latents > pixels > files: the only path, with one model on the device at a time."""
 
+import contextlib
 import itertools
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,8 @@ from wan.loading import DitOptions, dit_dtype, load_dit
 from wan.model import WanModel
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, load_vae
+
+logger = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 16
 VAE_PIXELS, VAE_FRAMES = 8, 4  # pixels to a latent each way, and frames
@@ -347,8 +351,11 @@ def denoise_all(
 ) -> list[Tensor]:
     """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
     dit = models.load_dit()
-    latents = []
-    with tqdm(total=sum(request.steps for request in requests), desc="denoising", unit="step") as progress:
+    latents: list[Tensor] = []
+    with (
+        tqdm(total=sum(request.steps for request in requests), desc="denoising", unit="step") as progress,
+        kept_on_failure(latents, results),
+    ):
         for request, text, condition, result in zip(requests, texts, conditions, results, strict=True):
             width, height = output_size(request)
             frames = output_frames(request, models.config)
@@ -373,9 +380,34 @@ def denoise_all(
     return latents
 
 
+@contextlib.contextmanager
+def kept_on_failure(
+    latents: Sequence[Tensor], results: Sequence[Result], decoded: Sequence[Result] = ()
+) -> Iterator[None]:
+    """Write the latents of results that are not decoded if the body fails: each took minutes, and is small.
+
+    latents, decoded: in the order of the results; the body may add to them.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk is what has failed already
+            for latent, result in list(zip(latents, results, strict=False))[len(decoded) :]:
+                named = result.files.video or result.files.images
+                if named and not result.files.latent:
+                    path = named.with_name(f"{named.stem}_latent.safetensors")
+                    save_latent(path, latent, result.metadata)
+                    logger.warning("not decoded, but kept: continue with --latent_path %s", path)
+        raise
+
+
 def decode_all(latents: Sequence[Tensor], results: Sequence[Result], vae: WanVAE, fps: int) -> None:
     """Decode latents [16 f h w] into the videos and pictures of their results, frame by frame."""
-    with tqdm(total=sum(decoded_frame_count(latent) for latent in latents), desc="decoding", unit="frame") as progress:
+    decoded: list[Result] = []
+    with (
+        tqdm(total=sum(decoded_frame_count(latent) for latent in latents), desc="decoding", unit="frame") as progress,
+        kept_on_failure(latents, results, decoded),
+    ):
         for latent, result in zip(latents, results, strict=True):
             with frame_writer(result.files, result.frames, fps, result.metadata) as write:
 
@@ -385,6 +417,7 @@ def decode_all(latents: Sequence[Tensor], results: Sequence[Result], vae: WanVAE
                         progress.update()
 
                 vae.decode(latent[None], on_frames=write_all)
+            decoded.append(result)
 
 
 def as_frames(pixels: Tensor) -> np.ndarray:

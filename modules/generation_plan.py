@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata as installed
 from pathlib import Path
 from typing import Any
@@ -251,10 +252,9 @@ def decode_files(models: Models, outputs: OutputOptions) -> None:
     seeds = [metadata.get("seeds") for _, metadata in loaded]
     # Whatever else the metadata of a stranger's file say must not become part of a path.
     named = [(seed if isinstance(seed, int) else 0, frames) for seed, frames in zip(seeds, kept, strict=True)]
+    planned = plan_files(outputs, named, outputs.latent_path)
     results = [
-        Result(files, frames, None if outputs.no_metadata else metadata)
-        for files, frames, (_, metadata) in zip(
-            plan_files(outputs, named, outputs.latent_path), kept, loaded, strict=True
-        )
+        Result(replace(files, latent=path), frames, None if outputs.no_metadata else metadata)
+        for files, path, frames, (_, metadata) in zip(planned, outputs.latent_path, kept, loaded, strict=True)
     ]
     decode_all([latent for latent, _ in loaded], results, models.load_vae(), outputs.fps)

@@ -60,7 +60,7 @@ class Files:
 
     video: Path | None = None
     images: Path | None = None  # of a single frame; several are <stem>_000.png, <stem>_001.png, ... beside this name
-    latent: Path | None = None
+    latent: Path | None = None  # of a saved one that is decoded: where it is
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from modules.generation import (
     output_size,
     skipped_blocks,
 )
-from modules.outputs import Files, Result
+from modules.generation_plan import decode_files
+from modules.outputs import Files, OutputOptions, Result, load_latent, save_latent
 from modules.prompts import Request
 from modules.solvers import Step
 from utils.errors import UserError
@@ -34,7 +35,7 @@ from wan.clip import ClipOptions
 from wan.configs import TASKS
 from wan.loading import DitOptions, build_dit
 from wan.t5 import T5Options
-from wan.vae import VaeOptions, build_vae
+from wan.vae import VaeOptions, WanVAE, build_vae
 
 
 def request(width=64, height=64, frames=5, **more):
@@ -247,3 +248,34 @@ def test_values_that_are_not_finite_are_an_error_with_the_seed(models, monkeypat
     with pytest.raises(UserError, match="--seed 7: the latents are not finite"):
         generate([request(32, 32)], tiny(models), SamplingOptions(), [result], 16)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("stage", "kept", "made"), [("denoise", "0", ""), ("decode", "1", "0")])
+def test_latents_that_are_not_decoded_are_kept_when_a_stage_fails(models, monkeypatch, tmp_path, stage, kept, made):
+    """The second of two results fails, by Ctrl-C: what the first one's minutes made is there all the same."""
+    owner, name = (generation, "denoise") if stage == "denoise" else (WanVAE, "decode")
+    whole, calls = getattr(owner, name), []
+
+    def failing(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, failing)
+    results = [Result(Files(images=tmp_path / f"{i}.png"), 1, {"seeds": i}) for i in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        generate([request(32, 32, 1)] * 2, tiny(models), SamplingOptions(), results, 16)
+    wanted = [f"{i}_latent.safetensors" for i in kept] + [f"{i}.png" for i in made]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(wanted)
+    latent, metadata = load_latent(tmp_path / f"{kept}_latent.safetensors")
+    assert latent.shape == (16, 1, 4, 4) and metadata["seeds"] == int(kept)
+
+
+def test_a_saved_latent_is_not_saved_again_when_its_decoding_fails(models, monkeypatch, tmp_path):
+    save_latent(tmp_path / "a_latent.safetensors", torch.zeros(16, 1, 4, 4), {"seeds": 3})
+    monkeypatch.setattr(WanVAE, "decode", lambda *arguments, **more: 1 / 0)
+    monkeypatch.setattr(generation, "save_latent", lambda *arguments: pytest.fail("saved again"))
+    options = OutputOptions(tmp_path / "a.mp4", latent_path=(tmp_path / "a_latent.safetensors",))
+    with pytest.raises(ZeroDivisionError):
+        decode_files(tiny(models), options)
