@@ -31,3 +31,7 @@ def test_wrong_files_end_in_one_line(run_cli, golden, tmp_path):
     assert result.returncode == 2 and "no such file" in result.stderr
     result = run_cli("convert_lora.py", "--input", "a.safetensors", "--output", output, "--target", "othr")
     assert result.returncode == 2 and "Did you mean 'other'?" in result.stderr
+    for wrong, line in ((tmp_path, "not a .safetensors file"), (tmp_path / "d.safetensors", "is a folder, not a file")):
+        wrong.mkdir(exist_ok=True)
+        result = run_cli("convert_lora.py", "--input", "a.safetensors", "--output", wrong, "--target", "other")
+        assert result.returncode == 2 and line in result.stderr
