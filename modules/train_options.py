@@ -37,7 +37,7 @@ class PrecisionOptions:
         "(default: accelerate's setting)",
         choices=("no", "fp16", "bf16"),
     )
-    fp8_base: bool = option(False, "for a LoRA: hold the DiT's linear weights as float8 (e4m3fn), which halves their memory")
+    fp8_base: bool = option(False, "for a LoRA: hold the DiT's linear weights as float8 (e4m3fn), half their memory")
     fp8_scaled: bool = option(False, "with --fp8_base: with a scale for every 64 weights, which is more exact")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: much less memory")
     blocks_to_swap: int = option(0, "not available yet: DiT blocks held in main memory")
