@@ -88,11 +88,10 @@ def find_cached(config: DatasetConfig) -> list[CachedItem]:
     for path in latent_files(config):
         text = text_path(config, media_name(config, path))
         if text not in texts:
-            texts[text] = _has(text, "t5") if text.is_file() else False
+            texts[text] = text.is_file() and _shapes(text, "t5") is not None
         if not texts[text]:
             without_text.append(path)
-        elif _has(path, "latents"):
-            shapes = read_header(path).by_batch_name()
+        elif shapes := _shapes(path, "latents"):
             items.append(CachedItem(path, text, tuple(sorted(shapes.items()))))
     if without_text:
         logger.warning(
@@ -105,15 +104,17 @@ def find_cached(config: DatasetConfig) -> list[CachedItem]:
     return items
 
 
-def _has(path: Path, name: str) -> bool:
+def _shapes(path: Path, needed: str) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of a cache file's tensors by name, or None after a warning for one that cannot be used."""
     try:
-        found = name in read_header(path).by_batch_name()
+        shapes = read_header(path).by_batch_name()
     except UserError as error:
         logger.warning("left out: %s", error)
-        return False
-    if not found:
-        logger.warning("left out: %s holds no %s", path, name)
-    return found
+        return None
+    if needed not in shapes:
+        logger.warning("left out: %s holds no %s", path, needed)
+        return None
+    return shapes
 
 
 class CachedDataset(Dataset):
