@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataset.media import MediaError, decoded_frames, load_image, resize_to_bucket
 from modules.caching import as_pixels, load_text_encoder
 from modules.guidance import CFG_SKIP_MODES, SLG_MODES, Scale, guidance_pattern, guided
-from modules.outputs import FrameWriter, Result, frame_writer, save_latent
+from modules.outputs import LATENT_CHANNELS, FrameWriter, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.solvers import SOLVERS, Step, Velocity, sample
 from networks.formats import weight_deltas
@@ -43,7 +43,6 @@ from wan.vae import VaeOptions, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
 
-LATENT_CHANNELS = 16
 VAE_PIXELS, VAE_FRAMES = 8, 4  # pixels to a latent each way, and frames
 
 
@@ -372,7 +371,8 @@ def denoise_all(
             ).cpu()
             if not bool(torch.isfinite(latent).all()):
                 raise UserError(
-                    f"--seed {request.seed}: the latents are not finite", fix="use --dit weights in bf16, or no --fp8"
+                    f"--seed {request.seed}: the latents are not finite",
+                    fix="use --dit weights in bf16, no --fp8, or a lower --guidance_scale",
                 )
             if result.files.latent:
                 save_latent(result.files.latent, latent, result.metadata)
