@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataset.media import MediaError, decoded_frames, load_image, resize_to_bucket
 from modules.caching import as_pixels, load_text_encoder
 from modules.guidance import CFG_SKIP_MODES, SLG_MODES, Scale, guidance_pattern, guided
-from modules.outputs import LATENT_CHANNELS, FrameWriter, Result, frame_writer, save_latent
+from modules.outputs import LATENT_CHANNELS, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.solvers import SOLVERS, Step, Velocity, sample
 from networks.formats import weight_deltas
@@ -410,13 +410,10 @@ def decode_all(latents: Sequence[Tensor], results: Sequence[Result], vae: WanVAE
     ):
         for latent, result in zip(latents, results, strict=True):
             with frame_writer(result.files, result.frames, fps, result.metadata) as write:
-
-                def write_all(pixels: Tensor, write: FrameWriter = write) -> None:
+                for pixels in vae.decode_chunks(latent[None]):
                     for frame in as_frames(pixels[0]):
                         write(frame)
                         progress.update()
-
-                vae.decode(latent[None], on_frames=write_all)
             decoded.append(result)
 
 

@@ -34,8 +34,8 @@ from wan.attention import check_attention
 from wan.configs import WanConfig
 from wan.loading import check_dit, check_fp8
 from wan.model import WanModel, WanShape
-from wan.vae import WanVAE, vae_shape
-from wan.weights import check_names, describe, shapes_of, wrong_kind
+from wan.vae import check_vae
+from wan.weights import describe, wrong_kind
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def check_generation(
     _check_loras(models, shape)
     _check_encoders(models, shape)
     if needs_vae(models.config, outputs):
-        check_vae(models)
+        # Whole, too: it may be needed only after the long denoising.
+        check_vae(models.vae.vae)
     for request in requests:
         if request.control is not None:
             read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
@@ -69,15 +70,6 @@ def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
     """Return whether anything is encoded to latents or decoded from them."""
     parts, _ = OUTPUT_TYPES[outputs.output_type]
     return bool(config.images) or config.control or parts != ("latent",)
-
-
-def check_vae(models: Models) -> None:
-    """Raise UserError unless --vae is the Wan2.1 VAE, and whole: it may be needed only after the long denoising."""
-    with open_tensors(models.vae.vae, "--vae", "the weights of the Wan2.1 VAE") as weights:
-        where, found = f"--vae {models.vae.vae}", shapes_of(weights)
-        with torch.device("meta"):
-            vae = WanVAE(vae_shape(weights, where))
-    check_names(where, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}, found)
 
 
 def _check_run(run: RunOptions) -> None:
@@ -247,7 +239,7 @@ def decode_files(models: Models, outputs: OutputOptions) -> None:
         raise UserError(f"--output_type {outputs.output_type}: the latent is there already", fix="use video or images")
     check_outputs(outputs, len(outputs.latent_path))
     loaded = [load_latent(path) for path in outputs.latent_path]
-    check_vae(models)
+    check_vae(models.vae.vae)
     kept = [max(decoded_frame_count(latent) - outputs.trim_tail_frames, 1) for latent, _ in loaded]
     seeds = [metadata.get("seeds") for _, metadata in loaded]
     # Whatever else the metadata of a stranger's file say must not become part of a path.

@@ -253,7 +253,7 @@ def test_values_that_are_not_finite_are_an_error_with_the_seed(models, monkeypat
 @pytest.mark.parametrize(("stage", "kept", "made"), [("denoise", "0", ""), ("decode", "1", "0")])
 def test_latents_that_are_not_decoded_are_kept_when_a_stage_fails(models, monkeypatch, tmp_path, stage, kept, made):
     """The second of two results fails, by Ctrl-C: what the first one's minutes made is there all the same."""
-    owner, name = (generation, "denoise") if stage == "denoise" else (WanVAE, "decode")
+    owner, name = (generation, "denoise") if stage == "denoise" else (WanVAE, "decode_chunks")
     whole, calls = getattr(owner, name), []
 
     def failing(*arguments, **more):
@@ -274,7 +274,7 @@ def test_latents_that_are_not_decoded_are_kept_when_a_stage_fails(models, monkey
 
 def test_a_saved_latent_is_not_saved_again_when_its_decoding_fails(models, monkeypatch, tmp_path):
     save_latent(tmp_path / "a_latent.safetensors", torch.zeros(16, 1, 4, 4), {"seeds": 3})
-    monkeypatch.setattr(WanVAE, "decode", lambda *arguments, **more: 1 / 0)
+    monkeypatch.setattr(WanVAE, "decode_chunks", lambda *arguments, **more: 1 / 0)
     monkeypatch.setattr(generation, "save_latent", lambda *arguments: pytest.fail("saved again"))
     options = OutputOptions(tmp_path / "a.mp4", latent_path=(tmp_path / "a_latent.safetensors",))
     with pytest.raises(ZeroDivisionError):

@@ -199,5 +199,5 @@ run_script(lambda: save_file_atomically({{"a": torch.zeros(10_000)}}, {str(tmp_p
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "a.safetensors: cannot be written (File too large)" in done.stderr
+    assert "a.safetensors: cannot be written (the file would be too large)" in done.stderr
     assert not list(tmp_path.iterdir())

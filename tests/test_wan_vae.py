@@ -250,9 +250,8 @@ def test_an_image_leaves_nothing_in_the_cache(vae, video, monkeypatch):
 
 
 def test_decoded_frames_are_handed_over_as_they_come(vae):
-    chunks = []
     latents = torch.randn(2, 16, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    pixels = vae.decode(latents, on_frames=lambda frames: chunks.append(frames.clone()))
+    pixels, chunks = vae.decode(latents), list(vae.decode_chunks(latents))
     assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
     assert torch.equal(torch.cat(chunks, dim=2), pixels)
     assert pixels.shape == (2, 3, 9, 16, 16) and pixels.dtype == torch.float32 and pixels.abs().max() <= 1

@@ -67,11 +67,12 @@ _FREE_SPACE = "free some space and run again"
 _FILE_ERRORS = {  # what is wrong, and the fix
     errno.ENOSPC: ("cannot be written (the disk is full)", _FREE_SPACE),
     errno.EDQUOT: ("cannot be written (the quota is used up)", _FREE_SPACE),
-    errno.EFBIG: ("cannot be written (File too large)", _FREE_SPACE),
+    errno.EFBIG: ("cannot be written (the file would be too large)", _FREE_SPACE),
     errno.EACCES: ("there is no permission to read or write it", "change its permissions or choose another path"),
     errno.EPERM: ("there is no permission to read or write it", "change its permissions or choose another path"),
     errno.EROFS: ("cannot be written (the file system is read-only)", "choose another path"),
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another path"),
+    errno.EISDIR: ("is a folder, but a file is to go there", "choose another path"),
     errno.EEXIST: ("is a file, but a folder is needed there", "choose another path"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
     errno.EIO: ("the disk reports an error", "copy the file from elsewhere or check the disk"),

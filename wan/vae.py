@@ -4,7 +4,7 @@ Both directions run chunk by chunk, one latent frame at a time, and give what th
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,28 +177,26 @@ class WanVAE(nn.Module):
             latents.append(x.chunk(2, dim=1)[0].to(pixels.device, torch.float32))
         return (torch.cat(latents, dim=2) - mean) / std
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, on_frames: Callable[[Tensor], None] | None = None) -> Tensor:
-        """Return the videos [B 3 4f-3 8h 8w] of normalised latents, float32 in [-1, 1], on the latents' device.
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the videos [B 3 4f-3 8h 8w] of normalised latents [B z f h w], float32 in [-1, 1], on their device."""
+        batch, _, count, height, width = latents.shape
+        scale, frames = self.shape.pixels_per_latent, self.shape.frames_per_latent * (count - 1) + 1
+        pixels = torch.empty((batch, 3, frames, scale * height, scale * width), device=latents.device)
+        done = 0
+        for chunk in self.decode_chunks(latents):
+            pixels[:, :, done : done + chunk.shape[2]] = chunk
+            done += chunk.shape[2]
+        return pixels
 
-        latents [B z f h w]; on_frames is given each chunk of frames [B 3 1 or 4 8h 8w] as soon as it is there.
-        """
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the frames of decode() as they come: first 1, then 4 for each latent frame, [B 3 f 8h 8w]."""
         assert latents.shape[1] == self.shape.latent_channels and latents.numel() > 0, tuple(latents.shape)
         mean, std = self._statistics(latents.device)
         x = latents.float() * std + mean
-        scale, length = self.shape.pixels_per_latent, self.shape.frames_per_latent
-        batch, _, count, height, width = latents.shape
-        frames = length * (count - 1) + 1
-        pixels = torch.empty((batch, 3, frames, scale * height, scale * width), device=latents.device)
-        done = 0
         for chunk, cache in self._with_cache(x.split(1, dim=2)):
-            y = self.decoder(self.conv2(chunk.to(self.device, self.dtype), cache), cache)
-            y = y.to(latents.device, torch.float32).clamp_(-1, 1)
-            pixels[:, :, done : done + y.shape[2]] = y
-            done += y.shape[2]
-            if on_frames is not None:
-                on_frames(y)
-        return pixels
+            with torch.no_grad():
+                y = self.decoder(self.conv2(chunk.to(self.device, self.dtype), cache), cache)
+            yield y.to(latents.device, torch.float32).clamp_(-1, 1)
 
     def _statistics(self, device: torch.device) -> Iterator[Tensor]:
         """Return mean and deviation [z 1 1 1] of each latent channel, always in float32."""
@@ -228,6 +226,12 @@ def load_vae(
         vae = _build(weights, f"{option} {path}", dtype, device)
     vae.cache_cpu = cache_cpu
     return vae
+
+
+def check_vae(path: Path | str | None, option: str = "--vae") -> None:
+    """Raise UserError unless the file is the Wan2.1 VAE, and whole; only its header is read."""
+    with open_tensors(path, option, "the weights of the Wan2.1 VAE") as weights:
+        _empty_vae(weights, f"{option} {path}")
 
 
 def build_vae(state_dict: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> WanVAE:
@@ -273,11 +277,15 @@ def vae_shape(weights: Weights, where: str = "VAE weights") -> VaeShape:
 
 
 def _build(weights: Weights, where: str, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
-    shape = vae_shape(weights, where)
-    with torch.device("meta"):
-        vae = WanVAE(shape)
-    expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    check_names(where, expected, shapes_of(weights))
-    for name in expected:
+    vae = _empty_vae(weights, where)
+    for name in vae.state_dict():
         place(vae, name, weights.get(name), dtype, device)
     return vae.eval()
+
+
+def _empty_vae(weights: Weights, where: str) -> WanVAE:
+    """Return the VAE that the tensors' names and shapes belong to, without memory for its own."""
+    with torch.device("meta"):
+        vae = WanVAE(vae_shape(weights, where))
+    check_names(where, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}, shapes_of(weights))
+    return vae
