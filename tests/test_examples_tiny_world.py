@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dataset.config import load_config
-from examples.tiny_world.contact_sheet import sheet
+from examples.tiny_world.contact_sheet import moving, sheet
 from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, draw, random_scene
 
 SCENE = Scene("red", "circle", "stays still", "black")
@@ -88,8 +88,12 @@ def test_clips_are_h264_files_with_captions_and_a_config_that_loads(tmp_path):
     assert config.target_frames == (17,) and config.resolution == (64, 64)
 
 
-def test_a_contact_sheet_has_a_row_for_each_video():
-    rows = [[Image.new("RGB", (32, 32), color)] * 9 for color in ("red", "blue")]
+def test_a_contact_sheet_has_a_row_for_each_video_and_a_moving_one_shows_them_side_by_side():
+    rows = [[Image.new("RGB", (32, 32), color)] * count for color, count in (("red", 9), ("blue", 5))]
     picture = np.asarray(sheet(rows, ("first", "second"), columns=4, height=64))
-    assert picture.shape[1] == 4 * 68 + 4
-    assert (picture[60, 40] == (255, 0, 0)).all() and (picture[150, 40] == (0, 0, 255)).all()
+    assert picture.shape == (2 * 86, 4 * 68 + 4, 3)
+    assert (picture[60, 40] == (255, 0, 0)).all() and (picture[140, 40] == (0, 0, 255)).all()
+    frames = moving(rows, ("first", "second"), height=64)
+    last = np.asarray(frames[-1])
+    assert len(frames) == 9 and last.shape == (86, 2 * 72, 3)
+    assert (last[60, 40] == (255, 0, 0)).all() and (last[60, 110] == (0, 0, 255)).all()
