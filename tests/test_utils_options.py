@@ -77,6 +77,7 @@ def test_help_shows_each_group_under_its_docstring():
     text = make_parser("Train.\n\n    python train.py", Loop, Files).format_help()
     assert text.index("the training loop") < text.index("--learning_rate") < text.index("files:")
     assert "saves 80% of the memory" in text and "HEIGHT WIDTH" in text and "(default: 1600)" in text
+    assert "(default: 0.0)" in text and "(default: False)" not in text
     assert "python train.py" in text
 
 

@@ -126,7 +126,8 @@ def _argument(group: type, field: dataclasses.Field) -> dict[str, Any]:
     """Return the keywords of argparse's add_argument for one option."""
     details = field.metadata
     scalar, length = _value_type(group, field)
-    shown = "" if field.default in (None, False, (), "") else f" (default: {_shown(field.default)})"
+    empty = field.default is False or field.default in (None, (), "")
+    shown = "" if empty else f" (default: {_shown(field.default)})"
     keywords: dict[str, Any] = {"help": (details["help"] + shown).replace("%", "%%")}
     if scalar is bool:
         return {**keywords, "action": "store_true"}
