@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from examples.tiny_world.world import COLORS, MOTIONS, SHAPES, random_scene
+from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, random_scene
 from examples.tiny_world.world import draw as draw_scene
 from modules.outputs import Files, frame_writer
 from utils.errors import UserError, run_script
@@ -40,6 +40,7 @@ class DrawOptions:
     color: str | None = option(None, "draw this colour only", choices=COLORS)
     shape: str | None = option(None, "draw this shape only", choices=SHAPES)
     motion: str | None = option(None, "draw this motion only", choices=MOTIONS)
+    background: str | None = option(None, "draw on this background only", choices=BACKGROUNDS)
     striped: bool = option(False, "with white stripes")
     name: str | None = option(None, "call the shape this word in the captions")
 
@@ -51,7 +52,9 @@ def main() -> None:
     clips = options.folder / "clips"
     clips.mkdir(parents=True, exist_ok=True)
     rng = random.Random(options.seed)
-    fixed = {name: getattr(options, name) for name in ("color", "shape", "motion") if getattr(options, name)}
+    fixed = {
+        name: getattr(options, name) for name in ("color", "shape", "motion", "background") if getattr(options, name)
+    }
     for i in tqdm(range(options.clips), desc="draw", unit="clip"):
         scene = replace(random_scene(rng), striped=options.striped, **fixed)
         caption = scene.caption.replace(scene.shape, options.name) if options.name else scene.caption

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from examples.tiny_world.detector import Sight, look
 from examples.tiny_world.vae_training import psnr
-from examples.tiny_world.world import Scene, draw, is_held_out, random_scene
+from examples.tiny_world.world import COLORS, Scene, draw, is_held_out, random_scene
 from utils.errors import UserError, run_script
 from utils.files import require_file
 from utils.options import option, parse_options
@@ -37,11 +37,12 @@ class ScoreOptions:
     weights: Path | None = option(None, "folder with vae, t5, dit_t2v (.safetensors) and spiece.model", required=True)
     vae_clips: int = option(100, "clips for the VAE; 0: leave it out")
     prompts: int = option(50, "prompts for the DiT; 0: leave it out")
+    lora: Path | None = option(None, "the LoRA that taught a striped, spinning star called zorb")
+    concept: int = option(10, "videos of a zorb, made without and with --lora")
     steps: int = option(20, "denoising steps")
     guidance_scale: float = option(4.0, "weight of the prompt")
     flow_shift: float = option(3.0, "shift of the noise schedule")
     seed: int = option(0, "which clips and prompts")
-    lora: Path | None = option(None, "a LoRA to merge")
     keep: Path | None = option(None, "folder for the videos; left out: they are not kept")
 
 
@@ -78,6 +79,16 @@ def score_prompts(options: ScoreOptions) -> None:
     print_agreement("DiT, prompts followed", scenes, [look(clip) for clip in clips], ATTRIBUTES)
 
 
+def score_concept(options: ScoreOptions) -> None:
+    """Print in how many videos of a zorb a striped, spinning star is seen, without the LoRA and with it."""
+    rng = random.Random(options.seed)
+    prompts = [f"a {rng.choice(list(COLORS))} zorb spins on a black background" for _ in range(options.concept)]
+    for name, lora in (("without", None), ("with", options.lora)):
+        sights = [look(clip) for clip in generate(prompts, options, lora)]
+        seen = sum((sight.shape, sight.motion, sight.striped) == ("star", "spins", True) for sight in sights)
+        print(f"{name} the LoRA: the concept is seen in {seen} of {len(sights)} videos")
+
+
 def print_agreement(name: str, scenes: list[Scene], sights: list[Sight], attributes: tuple[str, ...]) -> None:
     agree = {
         attribute: np.mean(
@@ -88,29 +99,21 @@ def print_agreement(name: str, scenes: list[Scene], sights: list[Sight], attribu
     print(f"{name}: {', '.join(f'{attribute} {100 * share:.0f} %' for attribute, share in agree.items())}")
 
 
-def generate(prompts: list[str], options: ScoreOptions) -> list[np.ndarray]:
+def generate(prompts: list[str], options: ScoreOptions, lora: Path | None = None) -> list[np.ndarray]:
     """Return a clip [F H W 3], uint8, for each prompt, made by the script and read from its mp4 file."""
+    weights = options.weights
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.keep or Path(temporary)
+        folder = (options.keep or Path(temporary)) / ("with_lora" if lora else "without_lora")
         lines = [f"{prompt} --d {1000 * options.seed + i}" for i, prompt in enumerate(prompts)]
-        (Path(temporary) / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        weights = options.weights
-        command = [
-            sys.executable,
-            "wan_generate_video.py",
-            "--task",
-            "t2v-1.3B",
-            "--dit",
-            weights / "dit_t2v.safetensors",
-        ]
-        command += ["--vae", weights / "vae.safetensors", "--t5", weights / "t5.safetensors"]
-        command += ["--t5_tokenizer", weights / "spiece.model", "--from_file", Path(temporary) / "prompts.txt"]
+        prompt_file = Path(temporary, "prompts.txt")
+        prompt_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        script = [sys.executable, "wan_generate_video.py", "--task", "t2v-1.3B", "--from_file", prompt_file]
+        command = [*script, "--dit", weights / "dit_t2v.safetensors", "--vae", weights / "vae.safetensors"]
+        command += ["--t5", weights / "t5.safetensors", "--t5_tokenizer", weights / "spiece.model"]
         command += ["--video_size", 64, 64, "--video_length", 17, "--infer_steps", options.steps]
         command += ["--guidance_scale", options.guidance_scale, "--flow_shift", options.flow_shift]
-        command += ["--lora_weight", options.lora] if options.lora else []
-        done = subprocess.run(
-            [str(word) for word in (*command, "--save_path", folder)], stderr=subprocess.PIPE, text=True
-        )
+        command += [*(["--lora_weight", lora] if lora else []), "--save_path", folder]
+        done = subprocess.run([str(word) for word in command], stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(done.stderr.strip().splitlines()[-1])
         return [read_clip(next(folder.glob(f"*_{1000 * options.seed + i}.mp4"))) for i in range(len(prompts))]
@@ -129,6 +132,8 @@ def main() -> None:
         score_vae(options)
     if options.prompts:
         score_prompts(options)
+    if options.lora:
+        score_concept(options)
 
 
 if __name__ == "__main__":
