@@ -1,6 +1,7 @@
 """quickstart.py: sets up once, prints what it runs, and ends as its commands end."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,17 @@ def test_each_command_is_printed_as_one_would_type_it_and_its_failure_ends_the_r
 def test_a_word_it_does_not_know_is_refused():
     done = subprocess.run([sys.executable, ROOT / "quickstart.py", "tests"], capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'tests'" in done.stderr
+
+
+def test_a_damaged_or_missing_weight_file_is_named_with_the_fix(quickstart, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    quickstart.check_weights()
+    weights = tmp_path / "weights"
+    shutil.copytree(ROOT / quickstart.WEIGHTS, weights)
+    monkeypatch.setattr(quickstart, "WEIGHTS", weights)
+    (weights / "spiece.model").write_bytes(b"else")
+    with pytest.raises(SystemExit, match="spiece.model is not the file that was shipped.*git checkout.*recipe"):
+        quickstart.check_weights()
+    (weights / "vae.safetensors").unlink()
+    with pytest.raises(SystemExit, match="vae.safetensors is missing"):
+        quickstart.check_weights()
