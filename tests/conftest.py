@@ -1,6 +1,7 @@
 """Fixtures of all tests: recorded behaviour of the original code, tiny models, and scripts run as a user runs them."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -49,6 +50,15 @@ def recipe(golden: Path) -> ModuleType:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models of every kind, by name (tests/tiny.py); not to be changed by a test."""
     return tiny.write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def dataset(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset file over the recorded caches: pictures of three sizes, clips of three lengths, a movie."""
+    text = json.loads((golden / "cache_index.json").read_text())["plans"]["t2v"]["toml"]
+    path = tmp_path_factory.mktemp("dataset") / "data.toml"
+    path.write_text(text.replace("<GOLDEN>", golden.as_posix()))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Fine-tuning of the DiT's own weights, in this process, on recorded caches and tiny weights."""
 
-import json
 import shlex
 from dataclasses import fields
 
@@ -20,15 +19,6 @@ from wan.configs import TASKS
 from wan.loading import load_dit
 
 BASE = "--task t2v-1.3B --max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3"
-
-
-@pytest.fixture(scope="module")
-def dataset(golden, tmp_path_factory):
-    """A dataset file over the recorded caches: pictures of three sizes, clips of three lengths, a movie."""
-    text = json.loads((golden / "cache_index.json").read_text())["plans"]["t2v"]["toml"]
-    path = tmp_path_factory.mktemp("dataset") / "data.toml"
-    path.write_text(text.replace("<GOLDEN>", golden.as_posix()))
-    return path
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The training loop and its preflight, in this process, on recorded caches and tiny weights."""
 
-import json
 import math
 import shlex
 from dataclasses import fields, replace
@@ -23,15 +22,6 @@ from wan.configs import TASKS
 from wan.loading import build_dit, dit_shape
 
 BASE = "--max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3 --network_dim 4"
-
-
-@pytest.fixture(scope="module")
-def dataset(golden, tmp_path_factory):
-    """A dataset file over the recorded caches: pictures of three sizes, clips of three lengths, a movie."""
-    text = json.loads((golden / "cache_index.json").read_text())["plans"]["t2v"]["toml"]
-    path = tmp_path_factory.mktemp("dataset") / "data.toml"
-    path.write_text(text.replace("<GOLDEN>", golden.as_posix()))
-    return path
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """wan_train.py as a user runs it, on recorded caches and tiny weights, down to the file that takes the DiT's place."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -17,11 +16,8 @@ OPTIONS = "--task t2v-1.3B --max_data_loader_n_workers 0 --timestep_sampling shi
 
 
 @pytest.fixture
-def paths(golden, models, tmp_path):
+def paths(dataset, models, tmp_path):
     """The options that name files: tiny weights, the recorded caches, an output folder."""
-    text = json.loads((golden / "cache_index.json").read_text())["plans"]["t2v"]["toml"]
-    dataset = tmp_path / "data.toml"
-    dataset.write_text(text.replace("<GOLDEN>", golden.as_posix()))
     return list(
         map(str, ("--dit", models["dit_t2v"], "--dataset_config", dataset, "--output_dir", tmp_path / "models"))
     )

@@ -17,15 +17,6 @@ from utils.safetensors_io import read_metadata
 BASE = "--task t2v-1.3B --max_data_loader_n_workers 0 --output_name name-of-lora --timestep_sampling shift"
 
 
-@pytest.fixture(scope="module")
-def dataset(golden, tmp_path_factory):
-    """A dataset file over the recorded caches: pictures of three sizes, clips of three lengths, a movie."""
-    text = json.loads((golden / "cache_index.json").read_text())["plans"]["t2v"]["toml"]
-    path = tmp_path_factory.mktemp("dataset") / "data.toml"
-    path.write_text(text.replace("<GOLDEN>", golden.as_posix()))
-    return path
-
-
 @pytest.fixture
 def train(run_cli, models, dataset, tmp_path):
     """Train with the base options and those given, and return (result, output folder)."""
