@@ -46,6 +46,16 @@ def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_an_error_while_writing_names_the_file_and_not_its_temporary_name(tmp_path, named):
+    path = tmp_path / "a.png"
+    with pytest.raises(OSError) as error, atomic_path(path) as temporary:
+        raise OSError(28, "No space left on device", *([str(temporary)] if named else []))
+    assert error.value.filename == str(path) and not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="no picture"), atomic_path(path):
+        raise OSError("no picture")
+
+
 def test_a_missing_path_is_named_with_the_nearest_file(tmp_path):
     (tmp_path / "wan_vae.safetensors").write_bytes(b"x")
     assert "Did you mean 'wan_vae.safetensors'" in line(
