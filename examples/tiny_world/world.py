@@ -113,27 +113,39 @@ def draw(scene: Scene, frames: int = 17, size: int = 64) -> np.ndarray:
 
 
 def _draw_frame(scene: Scene, time: float, size: int, oversampling: int = 4) -> np.ndarray:
-    side = size * oversampling
-    axis = (np.arange(side) + 0.5) / side * 2 - 1
-    x, y = np.meshgrid(axis, axis)
     shift_x, shift_y, turn, scale = MOTIONS[scene.motion](time)
     radius = 2 * scene.radius * scale
     room = max(1 - radius, 0)
     # What moves along one axis has a fixed place on the other.
     moves_sideways = MOTIONS[scene.motion](0)[0] != 0
     place_x, place_y = (0, scene.place) if moves_sideways else (scene.place, 0)
-    x, y = (x - room * (shift_x + place_x)) / radius, (y - room * (shift_y + place_y)) / radius
-    x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
-    picture = np.empty((side, side, 3), np.float32)
+    center_x, center_y = room * (shift_x + place_x), room * (shift_y + place_y)
+    picture = np.empty((size, size, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
+    # Only what the shape can reach is drawn in detail.
+    (left, right), (top, bottom) = (_reached(center, radius, size) for center in (center_x, center_y))
+    axis = (np.arange(size * oversampling) + 0.5) / (size * oversampling) * 2 - 1
+    x, y = np.meshgrid(*(axis[a * oversampling : b * oversampling] for a, b in ((left, right), (top, bottom))))
+    x, y = (x - center_x) / radius, (y - center_y) / radius
+    x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    near = np.empty((*x.shape, 3), np.float32)
+    near[:] = BACKGROUNDS[scene.background]
     inside = SHAPES[scene.shape](x, y)
-    picture[inside] = COLORS[scene.color]
+    near[inside] = COLORS[scene.color]
     if scene.striped:
-        picture[inside & (np.floor(x * 2.2 + 0.5) % 2 == 0)] = BACKGROUNDS[
+        near[inside & (np.floor(x * 2.2 + 0.5) % 2 == 0)] = BACKGROUNDS[
             "black" if scene.background == "white" else "white"
         ]
-    picture = picture.reshape(size, oversampling, size, oversampling, 3).mean((1, 3))
+    near = near.reshape(bottom - top, oversampling, right - left, oversampling, 3).mean((1, 3))
+    picture[top:bottom, left:right] = near
     return np.round(picture).astype(np.uint8)
+
+
+def _reached(center: float, radius: float, size: int) -> tuple[int, int]:
+    """Return the first pixel, and the one after the last, that a shape at `center` from -1 to 1 can reach."""
+    reach = 1.15 * radius  # corners of the square
+    first, last = (int(np.floor((edge + 1) / 2 * size)) for edge in (center - reach, center + reach))
+    return max(first, 0), min(last + 1, size)
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
