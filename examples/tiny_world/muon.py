@@ -1,6 +1,8 @@
 """Muon: momentum steps whose matrix is made orthogonal; for the weights of linear layers and convolutions."""
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor
 
 
@@ -16,18 +18,24 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        state = PartialState()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(weight)
-                average = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(average, group["momentum"]).flatten(1)
-                step = orthogonal(ahead) * max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            # Of several processes each makes its share of the steps, and nothing of the others'.
+            steps = torch.zeros(sum(weight.numel() for weight in weights))
+            parts = steps.split([weight.numel() for weight in weights])
+            for number, (weight, part) in enumerate(zip(weights, parts, strict=True)):
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - group["momentum"])
+                if number % state.num_processes == state.process_index:
+                    ahead = weight.grad.lerp(momentum, group["momentum"]).flatten(1)
+                    gain = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
+                    part.copy_((orthogonal(ahead) * gain).flatten())
+            if state.num_processes > 1:
+                steps = reduce(steps, reduction="sum")
+            for weight, part in zip(weights, steps.split([weight.numel() for weight in weights]), strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(step.view_as(weight), alpha=-group["lr"])
+                weight.add_(part.view_as(weight), alpha=-group["lr"])
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -1,10 +1,16 @@
-"""A training of the recipe: two optimizers, an average of the weights, checkpoints from which it goes on."""
+"""A training of the recipe: two optimizers, an average of the weights, checkpoints from which it goes on.
+
+With several processes (`torchrun --nproc_per_node 2`) each learns from its share of a batch, and all take the same
+steps: on a CPU faster than one process with as many threads.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from examples.tiny_world.muon import Muon
@@ -44,8 +50,12 @@ class Training:
                 optimizer.load_state_dict(saved)
 
     def learn_from(self, loss: Tensor) -> None:
-        """Take a step down the gradient of the loss with both optimizers, and follow it with the average."""
+        """Take a step down the gradient of the loss with both optimizers, and follow it with the average.
+
+        With several processes: of the mean of their losses.
+        """
         loss.backward()
+        average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
@@ -77,3 +87,13 @@ class Training:
     def _set(self, weights: dict[str, Tensor]) -> None:
         for name, weight in self.model.named_parameters():
             weight.copy_(weights[name])
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Let every process have the mean of all processes' gradients; a weight without one, in all of them, stays so."""
+    if PartialState().num_processes == 1:
+        return
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    flat = reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
