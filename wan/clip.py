@@ -73,14 +73,18 @@ class ImageEncoder:
         pixels [B 3 H W] in [-1, 1], float32, of any size and aspect ratio, on any device.
         """
         weight = next(self.model.parameters())
-        size = self.model.config.image_size
-        # No antialiasing and no clamp: the DiT was trained on features of pictures resized like this.
-        resized = F.interpolate(
-            pixels.to(weight.device, torch.float32), (size, size), mode="bicubic", align_corners=False
-        )
-        mean, std = (rearrange(torch.tensor(values, device=weight.device), "c -> c 1 1") for values in (MEAN, STD))
-        normalised = (resized * 0.5 + 0.5 - mean) / std
-        return self.model(pixel_values=normalised.to(weight.dtype)).last_hidden_state
+        seen = clip_input(pixels.to(weight.device, torch.float32), self.model.config.image_size)
+        return self.model(pixel_values=seen.to(weight.dtype)).last_hidden_state
+
+
+def clip_input(pixels: Tensor, size: int) -> Tensor:
+    """Return pictures [B 3 H W] in [-1, 1], squeezed to size x size pixels, in the scale that the model was trained on.
+
+    No antialiasing and no clamp: the DiT was trained on features of pictures resized like this.
+    """
+    resized = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False)
+    mean, std = (rearrange(torch.tensor(values, device=pixels.device), "c -> c 1 1") for values in (MEAN, STD))
+    return (resized * 0.5 + 0.5 - mean) / std
 
 
 def load_clip(
