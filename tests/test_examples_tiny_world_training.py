@@ -1,19 +1,24 @@
 """The tiny world's recipe: a detector one can trust, a VAE trained as it is run, runs that go on where they stopped."""
 
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.tiny_world import pretraining, vae_training
+from examples.tiny_world import clip_training, i2v_training, pretraining, vae_training
 from examples.tiny_world.detector import NOTHING, look
 from examples.tiny_world.muon import orthogonal
 from examples.tiny_world.world import draw, random_scene, varied_caption
+from wan.clip import load_clip
+from wan.configs import TASKS
+from wan.loading import build_dit, check_dit
 from wan.vae import LATENT_MEAN, LATENT_STD, VaeShape, WanVAE, load_vae
 
 
@@ -74,8 +79,10 @@ def test_the_vae_is_trained_as_it_is_run(frames):
     torch.testing.assert_close(vae.decode(latents), decoded.detach().clamp(-1, 1), rtol=0, atol=5e-5)
 
 
-def run(module: str, *arguments: object) -> None:
-    command = [sys.executable, "-m", f"examples.tiny_world.{module}", *map(str, arguments), "--threads", "1"]
+def run(module: str, *arguments: object, processes: int = 1) -> None:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    launch = torchrun if processes > 1 else []
+    command = [sys.executable, "-m", *launch, f"examples.tiny_world.{module}", *map(str, arguments), "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -95,15 +102,59 @@ def test_a_vae_run_that_goes_on_is_the_run_that_was_not_stopped_and_its_latents_
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), rtol=0.01, atol=0)
 
 
-def test_pretraining_writes_models_that_the_scripts_load(models, run_cli, tmp_path):
-    run("pretraining", "--folder", tmp_path, "--vae", models["vae"], "--steps", 2, "--clips", 4, "--batch_size", 2)
-    text = ["--t5", tmp_path / "t5.safetensors", "--t5_tokenizer", tmp_path / "spiece.model", "--prompt", "a circle"]
+@pytest.fixture(scope="module")
+def pretrained(models, tmp_path_factory) -> Path:
+    """The folder of a pretraining of two steps, with the tiny VAE of the tests beside its results."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    shutil.copyfile(models["vae"], folder / "vae.safetensors")
+    run("pretraining", "--folder", folder, "--vae", models["vae"], *SHORT)
+    return folder
+
+
+SHORT = ("--steps", 2, "--clips", 4, "--batch_size", 2)
+
+
+def test_pretraining_writes_models_that_the_scripts_load(models, run_cli, pretrained, tmp_path):
+    text = [
+        "--t5",
+        pretrained / "t5.safetensors",
+        "--t5_tokenizer",
+        pretrained / "spiece.model",
+        "--prompt",
+        "a circle",
+    ]
     size = ["--video_size", 32, 32, "--video_length", 1, "--infer_steps", 1, "--output_type", "images"]
-    weights = ["--dit", tmp_path / "dit_t2v.safetensors", "--vae", models["vae"]]
+    weights = ["--dit", pretrained / "dit_t2v.safetensors", "--vae", models["vae"]]
     arguments = ["--task", "t2v-1.3B", *weights, *text, *size, "--save_path", tmp_path]
     done = run_cli("wan_generate_video.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_two_processes_learn_what_one_learns(models, pretrained, tmp_path):
+    run("pretraining", "--folder", tmp_path, "--vae", models["vae"], *SHORT, processes=2)
+    one, two = (torch.load(folder / "pretraining_state.pt") for folder in (pretrained, tmp_path))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=0, atol=2e-5)
+    assert torch.equal(torch.load(pretrained / "latents.pt"), torch.load(tmp_path / "latents.pt"))
+
+
+def test_a_second_round_starts_from_what_the_first_one_learned(models, pretrained, tmp_path):
+    options = pretraining.PretrainingOptions(tmp_path, models["vae"], start_from=pretrained)
+    training = pretraining.start(options)
+    learned = load_file(pretrained / "dit_t2v.safetensors")
+    assert all(
+        torch.equal(weight, learned[key]) for key, weight in bfloat16(training.model["dit"].state_dict()).items()
+    )
+    learned = load_file(pretrained / "t5.safetensors")
+    weights = bfloat16(pretraining.official_t5(training.model["t5"]))
+    assert all(torch.equal(weight, learned[key]) for key, weight in weights.items())
+    pretraining.train_tokenizer(tmp_path / "spiece.model", pretrained)
+    assert (tmp_path / "spiece.model").read_bytes() == (pretrained / "spiece.model").read_bytes()
+
+
+def bfloat16(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: weight.to(torch.bfloat16) for key, weight in weights.items()}
 
 
 def test_every_part_of_the_noise_distribution_gets_its_share():
@@ -111,3 +162,81 @@ def test_every_part_of_the_noise_distribution_gets_its_share():
     assert torch.equal((t * 100).long().sort().values, torch.arange(100))
     shifted = pretraining.noise_levels(100, 3.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t))
+
+
+@pytest.fixture(scope="module")
+def trained_clip(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    run("clip_training", "--folder", folder, *SHORT_CLIP)
+    return folder / "clip.safetensors"
+
+
+SHORT_CLIP = ("--steps", 4, "--clips", 2, "--batch_size", 2, "--save_every", 2)
+
+
+def test_clip_is_trained_as_it_is_run(trained_clip):
+    options = clip_training.ClipTrainingOptions(trained_clip.parent, steps=4)
+    training, pixels = clip_training.start(options), torch.rand(2, 3, 64, 64) * 2 - 1
+    assert training.step == 4
+    with training.averaged(), torch.no_grad():
+        seen = clip_training.clip_input(pixels, 224)
+        states = training.model.visual(pixel_values=seen, output_hidden_states=True).hidden_states
+    features = load_clip(trained_clip, torch.float32).encode(pixels)
+    assert features.shape == (2, 257, 64)
+    torch.testing.assert_close(features, states[-2], rtol=0, atol=0.01)  # the file is in half precision
+
+
+def test_a_clip_run_that_goes_on_is_the_run_that_was_not_stopped(trained_clip, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(training):
+        save(training)
+        raise Stopped
+
+    save = clip_training.Training.save
+    monkeypatch.setattr(clip_training.Training, "save", stop)
+    monkeypatch.setattr(sys, "argv", ["clip_training", *map(str, ("--folder", tmp_path, *SHORT_CLIP, "--threads", 1))])
+    with pytest.raises(Stopped):
+        clip_training.main()
+    assert torch.load(tmp_path / "clip_state.pt")["step"] == 2
+    run("clip_training", "--folder", tmp_path, *SHORT_CLIP)
+    weights, others = load_file(trained_clip), load_file(tmp_path / "clip.safetensors")
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_a_caption_fits_every_picture_of_which_its_words_are_true():
+    words = torch.tensor([[0, 6], [0, 7], [1, 6]])
+    fits = torch.stack([clip_training.captions_of(words, torch.Generator().manual_seed(seed))[1] for seed in range(20)])
+    assert fits.diagonal(dim1=1, dim2=2).all()
+    assert fits[:, 1, 0].any() and fits[:, 2, 0].any() and not (fits[:, 1, 0] & fits[:, 2, 0]).any()
+    assert not fits[:, 2, 1].any()
+    right = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
+    assert clip_training.loss_of(100 * right.float(), right) < 1 < 10 < clip_training.loss_of(100 * torch.eye(3), right)
+
+
+@pytest.mark.parametrize("left_out", [None, 1])
+def test_the_image_to_video_dit_begins_as_the_text_to_video_dit(models, left_out):
+    t2v = load_file(models["dit_t2v"])
+    weights = i2v_training.with_eyes(t2v, clip_dim=64, left_out=left_out, seed=0)
+    i2v = build_dit(weights, heads=3)
+    plain = build_dit(t2v, heads=3)
+    x, text = torch.randn(1, 16, 2, 4, 4), [torch.randn(5, 64)]
+    seen = i2v(x, torch.tensor([500.0]), text, torch.randn(1, 20, 2, 4, 4), torch.randn(1, 257, 64))
+    expected = plain(x, torch.tensor([500.0]), text, skip_blocks=() if left_out is None else (left_out,))
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+
+
+def test_the_image_to_video_dit_is_trained_by_the_scripts(models, trained_clip, pretrained):
+    shutil.copyfile(trained_clip, pretrained / "clip.safetensors")
+    folder = pretrained / "i2v"
+    small = ["--rounds", 2, "--steps", 1, "--clips", 2, "--batch_size", 2, "--processes", 1]
+    command = ["-m", "examples.tiny_world.i2v_training", "--folder", folder, "--weights", pretrained, *small]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, last, published = (
+        load_file(folder / name) for name in ("round_0.safetensors", "round_2.safetensors", "dit_i2v.safetensors")
+    )
+    assert any(not torch.equal(first[key], last[key]) for key in first)
+    assert all(torch.equal(weight, published[key]) for key, weight in bfloat16(last).items())
+    assert check_dit(folder / "dit_i2v.safetensors", TASKS["i2v-14B"]).blocks == 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, random_scene
+from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, is_held_out, random_scene, training_caption
 from examples.tiny_world.world import draw as draw_scene
 from modules.outputs import Files, frame_writer
 from utils.errors import UserError, run_script
@@ -19,7 +19,7 @@ CONFIG = """\
 [general]
 resolution = [{size}, {size}]
 caption_extension = ".txt"
-batch_size = 4
+batch_size = {batch_size}
 
 [[datasets]]
 video_directory = "{folder}/clips"
@@ -43,6 +43,10 @@ class DrawOptions:
     background: str | None = option(None, "draw on this background only", choices=BACKGROUNDS)
     striped: bool = option(False, "with white stripes")
     name: str | None = option(None, "call the shape this word in the captions")
+    for_training: bool = option(
+        False, "as for training a model: captions with words left out, made up or missing, and none that are held out"
+    )
+    batch_size: int = option(4, "clips of a training batch, in dataset.toml")
 
 
 def main() -> None:
@@ -55,16 +59,23 @@ def main() -> None:
     fixed = {
         name: getattr(options, name) for name in ("color", "shape", "motion", "background") if getattr(options, name)
     }
+    if options.for_training and len(fixed) == 4:
+        raise UserError("--for_training: draws what is not held out, but all of it is fixed", "leave one choice open")
     for i in tqdm(range(options.clips), desc="draw", unit="clip"):
         scene = replace(random_scene(rng), striped=options.striped, **fixed)
-        caption = scene.caption.replace(scene.shape, options.name) if options.name else scene.caption
+        while options.for_training and is_held_out(scene):
+            scene = replace(random_scene(rng), striped=options.striped, **fixed)
+        caption = training_caption(scene, rng) if options.for_training else scene.caption
+        if options.name:
+            caption = caption.replace(scene.shape, options.name)
         with frame_writer(Files(video=clips / f"{i:03d}.mp4"), options.frames, fps=16, metadata=None) as write:
             for frame in draw_scene(scene, options.frames, options.size):
                 write(frame)
         (clips / f"{i:03d}.txt").write_text(caption + "\n", encoding="utf-8")
     config = options.folder / "dataset.toml"
     folder = options.folder.as_posix()
-    config.write_text(CONFIG.format(folder=folder, size=options.size, frames=options.frames), encoding="utf-8")
+    numbers = {"size": options.size, "frames": options.frames, "batch_size": options.batch_size}
+    config.write_text(CONFIG.format(folder=folder, **numbers), encoding="utf-8")
     print(f"{options.clips} clips in {clips}, config in {config}")
 
 

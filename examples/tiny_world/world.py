@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wan.configs import DEFAULT_NEGATIVE_PROMPT
+
 COLORS = {
     "red": (225, 45, 40),
     "green": (50, 170, 70),
@@ -80,6 +82,13 @@ def varied_caption(scene: Scene, rng: random.Random, rate: float = 0.1) -> str:
     thing = f"{color} {shape}".strip()
     words = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing} {motion} {background}"
     return " ".join(words.split())
+
+
+def training_caption(scene: Scene, rng: random.Random) -> str:
+    """Return a caption to train on: varied, and one in twelve what is said when nothing is asked for."""
+    if rng.random() < 1 / 12:
+        return rng.choice(["", DEFAULT_NEGATIVE_PROMPT])
+    return varied_caption(scene, rng)
 
 
 def is_held_out(scene: Scene) -> bool:
