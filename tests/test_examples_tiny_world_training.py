@@ -179,10 +179,10 @@ def test_clip_is_trained_as_it_is_run(trained_clip):
     training, pixels = clip_training.start(options), torch.rand(2, 3, 64, 64) * 2 - 1
     assert training.step == 4
     with training.averaged(), torch.no_grad():
-        seen = clip_training.clip_input(pixels, 224)
+        seen = clip_training.clip_input(pixels, 112)
         states = training.model.visual(pixel_values=seen, output_hidden_states=True).hidden_states
     features = load_clip(trained_clip, torch.float32).encode(pixels)
-    assert features.shape == (2, 257, 64)
+    assert features.shape == (2, 65, 64)
     torch.testing.assert_close(features, states[-2], rtol=0, atol=0.01)  # the file is in half precision
 
 
@@ -206,11 +206,11 @@ def test_a_clip_run_that_goes_on_is_the_run_that_was_not_stopped(trained_clip, t
 
 
 def test_a_caption_fits_every_picture_of_which_its_words_are_true():
-    words = torch.tensor([[0, 6], [0, 7], [1, 6]])
+    words = torch.tensor([[0, 6], [1, 6], [0, 7]])
     fits = torch.stack([clip_training.captions_of(words, torch.Generator().manual_seed(seed))[1] for seed in range(20)])
     assert fits.diagonal(dim1=1, dim2=2).all()
-    assert fits[:, 1, 0].any() and fits[:, 2, 0].any() and not (fits[:, 1, 0] & fits[:, 2, 0]).any()
-    assert not fits[:, 2, 1].any()
+    assert fits[:, 1, 0].any() and not fits[:, 1, 0].all()  # the colour is said at times, the shape always
+    assert not fits[:, 2, 0].any() and not fits[:, 2, 1].any()
     right = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
     assert clip_training.loss_of(100 * right.float(), right) < 1 < 10 < clip_training.loss_of(100 * torch.eye(3), right)
 

@@ -25,7 +25,9 @@ from utils.safetensors_io import save_file_atomically
 from wan.clip import LAYER_NAMES, NAMES, clip_input
 
 WIDTH, MLP, HEADS, LAYERS, SHARED = 64, 128, 4, 3, 32  # the last: what pictures and captions are compared in
+SIDE, PATCH = 112, 14  # pixels: 64 patches, less than the 256 of Wan's CLIP, because the pictures are small too
 PLACES = ("left", "middle", "right")
+SHAPE = 1  # where the shape stands among the words of a picture
 FRAMES = 5  # of a drawn clip, which are pictures to learn from
 
 
@@ -34,13 +36,13 @@ class ClipTrainingOptions:
     """training the tiny CLIP"""
 
     folder: Path | None = option(None, "where checkpoints and the result go", required=True)
-    steps: int = option(800, "optimizer steps")
+    steps: int = option(2400, "optimizer steps")
     clips: int = option(2000, "clips of five pictures to learn from")
-    batch_size: int = option(32, "pictures a step")
+    batch_size: int = option(48, "pictures a step")
     learning_rate: float = option(4e-3, "of Muon, which takes the layers' matrices; AdamW takes the rest with half")
     seed: int = option(0, "of weights and pictures")
     threads: int = option(2, "CPU threads")
-    save_every: int = option(100, "steps between checkpoints")
+    save_every: int = option(200, "steps between checkpoints")
 
 
 class TinyClip(nn.Module):
@@ -56,20 +58,33 @@ class TinyClip(nn.Module):
                 intermediate_size=MLP,
                 num_hidden_layers=LAYERS,
                 num_attention_heads=HEADS,
-                image_size=224,
-                patch_size=14,
+                image_size=SIDE,
+                patch_size=PATCH,
                 hidden_act="gelu",
                 layer_norm_eps=1e-5,
             )
         )
+        embeddings = getattr(self.visual, "vision_model", self.visual).embeddings
+        with torch.no_grad():
+            # As strong as what a patch shows from the start: attention finds neighbours only by their places.
+            embeddings.position_embedding.weight[1:] = places(SIDE // PATCH, WIDTH)
         self.head = nn.Parameter(torch.randn(WIDTH, SHARED) * WIDTH**-0.5)
         self.words = nn.Linear(len(WORDS), SHARED, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.0))  # log of what cosines are multiplied by
 
     def forward(self, pixels: Tensor, captions: Tensor) -> Tensor:
         """Return how well each picture [B 3 H W], in [-1, 1], fits each caption [B WORDS], 1 for its words: [B B]."""
-        pictures = self.visual(pixel_values=clip_input(pixels, 224)).pooler_output @ self.head
+        pictures = self.visual(pixel_values=clip_input(pixels, SIDE)).pooler_output @ self.head
         return self.scale.exp() * F.normalize(pictures, dim=1) @ F.normalize(self.words(captions.float()), dim=1).T
+
+
+def places(side: int, width: int) -> Tensor:
+    """Return waves of row and column [side^2 width] by which the patches of a picture can be told apart."""
+    frequencies = 0.5 * torch.pi / 2 ** (torch.arange(width // 4) / 2)
+    waves = torch.outer(torch.arange(side), frequencies)
+    axis = 0.5 * torch.cat([waves.sin(), waves.cos()], dim=1)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 
 WORDS = (*COLORS, *SHAPES, *BACKGROUNDS, *(f"{place} {axis}" for axis in ("x", "y") for place in PLACES))
@@ -98,11 +113,12 @@ def captions_of(words: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     """Return captions that say some of the words of each picture, and which of the pictures each of them fits.
 
     words [B 5]; captions [B WORDS], 1 for the words said; fits [B pictures, B captions]. A caption that leaves out the
-    colour fits pictures of all colours: so each word counts for itself.
+    colour fits pictures of all colours: so each word counts for itself. The shape, which is the hardest to see, is
+    the noun and always said.
     """
     true = F.one_hot(words, len(WORDS)).sum(1)
-    said = torch.rand(words.shape, generator=generator) < 0.5
-    said[torch.arange(len(words)), torch.randint(words.shape[1], (len(words),), generator=generator)] = True
+    said = torch.rand(words.shape, generator=generator) < 0.3
+    said[:, SHAPE] = True
     captions = (F.one_hot(words, len(WORDS)) * said[..., None]).sum(1)
     return captions, true @ captions.T == captions.sum(1)
 
