@@ -20,11 +20,13 @@ CONFIG = """\
 resolution = [{size}, {size}]
 caption_extension = ".txt"
 batch_size = {batch_size}
-
+"""
+DATASET = """
 [[datasets]]
-video_directory = "{folder}/clips"
-cache_directory = "{folder}/cache"
+video_directory = "{folder}/{clips}"
+cache_directory = "{folder}/{clips}_cache"
 target_frames = [{frames}]
+num_repeats = {repeats}
 """
 
 
@@ -46,6 +48,9 @@ class DrawOptions:
     for_training: bool = option(
         False, "as for training a model: captions with words left out, made up or missing, and none that are held out"
     )
+    others: int = option(
+        0, "so many clips of anything beside them, as for training: a LoRA that sees them too leaves them as they are"
+    )
     batch_size: int = option(4, "clips of a training batch, in dataset.toml")
 
 
@@ -53,30 +58,41 @@ def main() -> None:
     (options,) = parse_options(__doc__, DrawOptions)
     if options.frames % 4 != 1 or options.size % 16:
         raise UserError(f"--frames {options.frames} --size {options.size}: need 4 n + 1 frames, a size divisible by 16")
-    clips = options.folder / "clips"
-    clips.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(options.seed)
     fixed = {
         name: getattr(options, name) for name in ("color", "shape", "motion", "background") if getattr(options, name)
     }
     if options.for_training and len(fixed) == 4:
         raise UserError("--for_training: draws what is not held out, but all of it is fixed", "leave one choice open")
-    for i in tqdm(range(options.clips), desc="draw", unit="clip"):
+    draw_clips(options.folder / "clips", options, fixed)
+    numbers = {"folder": options.folder.as_posix(), "size": options.size, "frames": options.frames}
+    text = CONFIG.format(batch_size=options.batch_size, **numbers)
+    # Both are seen equally often.
+    text += DATASET.format(clips="clips", repeats=max(1, options.others // options.clips), **numbers)
+    if options.others:
+        others = {"clips": options.others, "seed": options.seed + 1, "for_training": True}
+        anything = replace(options, striped=False, name=None, **others)
+        draw_clips(options.folder / "others", anything, {})
+        text += DATASET.format(clips="others", repeats=1, **numbers)
+    config = options.folder / "dataset.toml"
+    config.write_text(text, encoding="utf-8")
+    print(f"{options.clips + options.others} clips in {options.folder}, config in {config}")
+
+
+def draw_clips(folder: Path, options: DrawOptions, fixed: dict[str, str]) -> None:
+    """Write the clips with their captions; fixed: attributes of a scene that all of them share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(options.seed)
+    for i in tqdm(range(options.clips), desc=f"draw {folder.name}", unit="clip"):
         scene = replace(random_scene(rng), striped=options.striped, **fixed)
         while options.for_training and is_held_out(scene):
             scene = replace(random_scene(rng), striped=options.striped, **fixed)
         caption = training_caption(scene, rng) if options.for_training else scene.caption
         if options.name:
             caption = caption.replace(scene.shape, options.name)
-        with frame_writer(Files(video=clips / f"{i:03d}.mp4"), options.frames, fps=16, metadata=None) as write:
+        with frame_writer(Files(video=folder / f"{i:03d}.mp4"), options.frames, fps=16, metadata=None) as write:
             for frame in draw_scene(scene, options.frames, options.size):
                 write(frame)
-        (clips / f"{i:03d}.txt").write_text(caption + "\n", encoding="utf-8")
-    config = options.folder / "dataset.toml"
-    folder = options.folder.as_posix()
-    numbers = {"size": options.size, "frames": options.frames, "batch_size": options.batch_size}
-    config.write_text(CONFIG.format(folder=folder, **numbers), encoding="utf-8")
-    print(f"{options.clips} clips in {clips}, config in {config}")
+        (folder / f"{i:03d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
