@@ -2,17 +2,20 @@
 
 import hashlib
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
 
 from examples.tiny_world.detector import look
 from examples.tiny_world.recipe import FILES, WEIGHTS
-from examples.tiny_world.score import ScoreOptions, generate, random_scenes
+from examples.tiny_world.score import ScoreOptions, generate, random_scenes, score_clip
 from examples.tiny_world.vae_training import psnr
-from examples.tiny_world.world import draw
+from examples.tiny_world.world import Scene, draw
 from wan.vae import load_vae
 
 OPTIONS = ScoreOptions(WEIGHTS)
@@ -42,6 +45,28 @@ def test_videos_have_the_colours_of_their_prompts():
     sights = [look(clip) for clip in generate([scene.caption for scene in scenes], OPTIONS)]
     assert [sight.background for sight in sights] == [scene.background for scene in scenes]
     assert sum(sight.color == scene.color for sight, scene in zip(sights, scenes, strict=True)) >= 3
+
+
+def test_clip_tells_pictures_apart_by_colour_shape_and_background(capsys):
+    score_clip(replace(OPTIONS, clip_pictures=200))
+    read = dict(re.findall(r"(\w+) (\d+) %", capsys.readouterr().out))
+    assert int(read["color"]) >= 80 and int(read["background"]) >= 90 and int(read["shape"]) >= 40, read
+
+
+def test_a_video_goes_on_from_its_start_image_as_its_prompt_says():
+    scenes = [
+        Scene("red", "square", "moves right", "black", place=0.3),
+        Scene("blue", "star", "moves up", "white"),
+        Scene("yellow", "ring", "grows", "gray"),
+        Scene("green", "cross", "moves left", "black", place=-0.3),
+    ]
+    images = [draw(scene)[0] for scene in scenes]
+    clips = generate([scene.caption for scene in scenes], OPTIONS, images=images)
+    for image, clip, scene in zip(images, clips, scenes, strict=True):
+        assert psnr(np.square((image.astype(float) - clip[0]) / 127.5).mean()) > 20
+        sight = look(clip)
+        assert (sight.color, sight.background) == (scene.color, scene.background)
+    assert sum(look(clip).motion == scene.motion for clip, scene in zip(clips, scenes, strict=True)) >= 3
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +104,6 @@ def zorb(tmp_path_factory, run_cli) -> Path:
 def test_a_lora_teaches_what_the_model_has_never_seen(zorb):
     rng = random.Random(0)
     prompts = [f"a {rng.choice(('red', 'blue', 'yellow'))} zorb spins on a black background" for _ in range(3)]
-    taught, untaught = ([look(clip) for clip in generate(prompts, OPTIONS, lora)] for lora in (zorb, None))
+    taught, untaught = ([look(clip) for clip in generate(prompts, OPTIONS, lora=lora)] for lora in (zorb, None))
     assert sum(sight.striped for sight in taught) >= 2
     assert not any(sight.striped for sight in untaught)

@@ -1,4 +1,4 @@
-"""Remake the tiny weights from nothing: the VAE, then text encoder and DiT; hours on a laptop CPU.
+"""Remake the tiny weights from nothing: VAE, text encoder and DiT, CLIP, image-to-video DiT; hours on a laptop CPU.
 
     python -m examples.tiny_world.recipe --folder output/tiny_world
 
@@ -18,7 +18,8 @@ from utils.files import atomic_path
 from utils.options import option, parse_options
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-FILES = ("vae.safetensors", "t5.safetensors", "spiece.model", "dit_t2v.safetensors")
+MODELS = ("vae", "t5", "clip", "dit_t2v", "dit_i2v")
+FILES = (*(f"{name}.safetensors" for name in MODELS), "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -28,36 +29,63 @@ class RecipeOptions:
     folder: Path | None = option(None, "where checkpoints and intermediate files go", required=True)
     weights: Path = option(WEIGHTS, "where the results go")
     vae_steps: int = option(2800, "optimizer steps of the VAE")
-    steps: int = option(4500, "optimizer steps of text encoder and DiT")
-    clips: int = option(3000, "clips for text encoder and DiT")
-    threads: int = option(2, "CPU threads")
+    steps: tuple[int, ...] = option((4500, 5200), "optimizer steps of text encoder and DiT, round by round")
+    clips: tuple[int, ...] = option((3000, 4000), "clips for text encoder and DiT, round by round")
+    learning_rates: tuple[float, ...] = option((4e-3, 3e-3), "of Muon for the DiT, round by round")
+    clip_steps: int = option(2400, "optimizer steps of CLIP")
+    i2v_steps: int = option(500, "optimizer steps of the image-to-video DiT, in each of its four rounds")
+    i2v_clips: int = option(1500, "clips for the image-to-video DiT")
+    processes: int = option(2, "processes, of one thread each, for the DiTs; as many threads for the others")
 
 
 def main() -> None:
     (options,) = parse_options(__doc__, RecipeOptions)
-    folder, threads = options.folder, ("--threads", options.threads)
-    vae = folder / "vae" / "vae.safetensors"
+    if not len(options.steps) == len(options.clips) == len(options.learning_rates):
+        raise UserError("--steps, --clips and --learning_rates: need as many numbers each, one for every round")
+    folder, threads = options.folder, ("--threads", options.processes)
+    results = folder / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    vae, clip = folder / "vae" / "vae.safetensors", folder / "clip" / "clip.safetensors"
     if not vae.is_file():
         run("vae_training", "--folder", vae.parent, "--steps", options.vae_steps, *threads)
-    run("pretraining", "--folder", folder, "--vae", vae, "--steps", options.steps, "--clips", options.clips, *threads)
-    shutil.copyfile(vae, folder / vae.name)
-    publish(folder, options.weights)
+    if not clip.is_file():
+        run("clip_training", "--folder", clip.parent, "--steps", options.clip_steps, *threads)
+    earlier = None
+    rounds = zip(options.steps, options.clips, options.learning_rates, strict=True)
+    for number, (steps, clips, learning_rate) in enumerate(rounds, 1):
+        here = folder / f"dit_{number}"
+        numbers = ["--steps", steps, "--clips", clips, "--learning_rate", learning_rate, "--threads", 1]
+        start = ["--start_from", earlier] if earlier else []
+        run("pretraining", "--folder", here, "--vae", vae, *numbers, *start, processes=options.processes)
+        earlier = here
+    for path in (vae, clip, *(earlier / name for name in ("t5.safetensors", "dit_t2v.safetensors", "spiece.model"))):
+        copy(path, results / path.name)
+    i2v = ["--steps", options.i2v_steps, "--clips", options.i2v_clips, "--processes", options.processes]
+    run("i2v_training", "--folder", folder / "i2v", "--weights", results, *i2v)
+    copy(folder / "i2v" / "dit_i2v.safetensors", results / "dit_i2v.safetensors")
+    publish(results, options.weights)
     run("score", "--weights", options.weights)
 
 
-def run(module: str, *arguments: object) -> None:
+def run(module: str, *arguments: object, processes: int = 1) -> None:
     """Run one of the recipe's scripts, showing its progress; UserError when it fails."""
-    command = [sys.executable, "-m", f"examples.tiny_world.{module}", *map(str, arguments)]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    launch = torchrun if processes > 1 else []
+    command = [sys.executable, "-m", *launch, f"examples.tiny_world.{module}", *map(str, arguments)]
     if subprocess.run(command).returncode:
         raise UserError(f"{module} did not finish", "run the same command again: it goes on from its last checkpoint")
+
+
+def copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def publish(folder: Path, weights: Path) -> None:
     """Copy the results to `weights`, and write their SHA-256 sums beside them."""
     sums = []
     for name in FILES:
-        with atomic_path(weights / name) as temporary:
-            shutil.copyfile(folder / name, temporary)
+        copy(folder / name, weights / name)
         sums.append(f"{hashlib.sha256((weights / name).read_bytes()).hexdigest()}  {name}\n")
     with atomic_path(weights / "SHA256SUMS") as temporary:
         temporary.write_text("".join(sums), encoding="ascii")

@@ -10,21 +10,26 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from tqdm import tqdm
 
+from examples.tiny_world.clip_training import ClipTrainingOptions, pictures_of
 from examples.tiny_world.detector import Sight, look
 from examples.tiny_world.vae_training import psnr
 from examples.tiny_world.world import COLORS, Scene, draw, is_held_out, random_scene
 from utils.errors import UserError, run_script
 from utils.files import require_file
 from utils.options import option, parse_options
+from wan.clip import load_clip
 from wan.vae import load_vae
 
 ATTRIBUTES = ("color", "shape", "motion", "background")
@@ -34,11 +39,16 @@ ATTRIBUTES = ("color", "shape", "motion", "background")
 class ScoreOptions:
     """what to measure"""
 
-    weights: Path | None = option(None, "folder with vae, t5, dit_t2v (.safetensors) and spiece.model", required=True)
+    weights: Path | None = option(
+        None, "folder with vae, t5, clip, dit_t2v, dit_i2v (.safetensors) and spiece.model", required=True
+    )
     vae_clips: int = option(100, "clips for the VAE; 0: leave it out")
-    prompts: int = option(50, "prompts for the DiT; 0: leave it out")
+    clip_pictures: int = option(500, "pictures for CLIP, and as many to learn to read its features; 0: leave it out")
+    prompts: int = option(50, "prompts for the text-to-video DiT; 0: leave it out")
+    image_prompts: int = option(50, "prompts with a start image for the image-to-video DiT; 0: leave it out")
     lora: Path | None = option(None, "the LoRA that taught a striped, spinning star called zorb")
     concept: int = option(10, "videos of a zorb, made without and with --lora")
+    lora_prompts: int = option(20, "prompts without the word, made with --lora; 0: leave it out")
     steps: int = option(20, "denoising steps")
     guidance_scale: float = option(4.0, "weight of the prompt")
     flow_shift: float = option(3.0, "shift of the noise schedule")
@@ -72,11 +82,45 @@ def score_vae(options: ScoreOptions) -> None:
     print_agreement("VAE, read in reconstructions", scenes, sights, (*ATTRIBUTES, "striped"))
 
 
-def score_prompts(options: ScoreOptions) -> None:
+@torch.no_grad()
+def score_clip(options: ScoreOptions) -> None:
+    """Print how well one linear layer reads colour, shape, background and place from the mean of CLIP's features."""
+    clip = load_clip(options.weights / "clip.safetensors", torch.float32)
+    pictures, words = pictures_of(ClipTrainingOptions(clips=2 * options.clip_pictures, seed=f"score/{options.seed}"))
+    chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed))
+    pictures, words = pictures[chosen[: 2 * options.clip_pictures]], words[chosen[: 2 * options.clip_pictures]]
+    pixels = rearrange(torch.from_numpy(pictures), "n h w c -> n c h w").float() / 127.5 - 1
+    parts = tqdm(pixels.split(20), desc="CLIP", unit="x20")
+    # The first token, which looked at the whole picture, and the mean of those that stand for its parts.
+    features = torch.cat([torch.cat([part[:, 0], part[:, 1:].mean(1)], 1) for part in map(clip.encode, parts)])
+    learned, unseen = features.split(options.clip_pictures)
+    read = []
+    for name, answer in zip(("color", "shape", "background", "column", "row"), words.T, strict=True):
+        known, asked = answer.split(options.clip_pictures)
+        wanted = F.one_hot(known - answer.min(), int(answer.max() - answer.min()) + 1).double()
+        solution = torch.linalg.lstsq(F.pad(learned, (0, 1), value=1.0).double(), wanted).solution
+        guess = (F.pad(unseen, (0, 1), value=1.0).double() @ solution).argmax(1) + answer.min()
+        read.append(f"{name} {100 * (guess == asked).double().mean():.0f} %")
+    print(f"CLIP, read from its features: {', '.join(read)}")
+
+
+def score_prompts(options: ScoreOptions, count: int, lora: Path | None = None) -> None:
     """Print how often videos show what their prompt asks for."""
-    scenes = random_scenes(f"prompts/{options.seed}", options.prompts)
-    clips = generate([scene.caption for scene in scenes], options)
-    print_agreement("DiT, prompts followed", scenes, [look(clip) for clip in clips], ATTRIBUTES)
+    scenes = random_scenes(f"prompts/{options.seed}", count)
+    clips = generate([scene.caption for scene in scenes], options, "prompts_with_lora" if lora else "prompts", lora)
+    name = "DiT with the LoRA, prompts without its word followed" if lora else "DiT, prompts followed"
+    print_agreement(name, scenes, [look(clip) for clip in clips], ATTRIBUTES)
+
+
+def score_image_prompts(options: ScoreOptions) -> None:
+    """Print how often videos go on from their start image as their prompt asks for."""
+    scenes = random_scenes(f"images/{options.seed}", options.image_prompts)
+    drawn = [draw(scene) for scene in scenes]
+    clips = generate([scene.caption for scene in scenes], options, "images", images=[clip[0] for clip in drawn])
+    print_agreement("DiT, start images and prompts followed", scenes, [look(clip) for clip in clips], ATTRIBUTES)
+    errors = [np.square((a.astype(float) - b) / 127.5).mean((1, 2, 3)) for a, b in zip(drawn, clips, strict=True)]
+    first, whole = psnr(np.mean([error[0] for error in errors])), psnr(np.mean(errors))
+    print(f"PSNR of the first frame to the image {first:.1f} dB, of all frames to the drawn clip {whole:.1f} dB")
 
 
 def score_concept(options: ScoreOptions) -> None:
@@ -84,7 +128,7 @@ def score_concept(options: ScoreOptions) -> None:
     rng = random.Random(options.seed)
     prompts = [f"a {rng.choice(list(COLORS))} zorb spins on a black background" for _ in range(options.concept)]
     for name, lora in (("without", None), ("with", options.lora)):
-        sights = [look(clip) for clip in generate(prompts, options, lora)]
+        sights = [look(clip) for clip in generate(prompts, options, f"zorb_{name}_lora", lora)]
         seen = sum((sight.shape, sight.motion, sight.striped) == ("star", "spins", True) for sight in sights)
         print(f"{name} the LoRA: the concept is seen in {seen} of {len(sights)} videos")
 
@@ -99,17 +143,33 @@ def print_agreement(name: str, scenes: list[Scene], sights: list[Sight], attribu
     print(f"{name}: {', '.join(f'{attribute} {100 * share:.0f} %' for attribute, share in agree.items())}")
 
 
-def generate(prompts: list[str], options: ScoreOptions, lora: Path | None = None) -> list[np.ndarray]:
-    """Return a clip [F H W 3], uint8, for each prompt, made by the script and read from its mp4 file."""
+def generate(
+    prompts: list[str],
+    options: ScoreOptions,
+    name: str = "videos",
+    lora: Path | None = None,
+    images: Sequence[np.ndarray] = (),
+) -> list[np.ndarray]:
+    """Return a clip [F H W 3], uint8, for each prompt, made by the script and read from its mp4 file.
+
+    name: of the folder in which --keep keeps them. images [H W 3], uint8: one for each prompt, which is then for the
+    image-to-video DiT.
+    """
     weights = options.weights
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.keep or Path(temporary)) / ("with_lora" if lora else "without_lora")
+        folder = (options.keep or Path(temporary)) / name
         lines = [f"{prompt} --d {1000 * options.seed + i}" for i, prompt in enumerate(prompts)]
+        for i, image in enumerate(images):
+            path = Path(temporary, f"{i}.png")
+            Image.fromarray(image).save(path)
+            lines[i] += f" --i {path}"
         prompt_file = Path(temporary, "prompts.txt")
         prompt_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        script = [sys.executable, "wan_generate_video.py", "--task", "t2v-1.3B", "--from_file", prompt_file]
-        command = [*script, "--dit", weights / "dit_t2v.safetensors", "--vae", weights / "vae.safetensors"]
+        task, dit = ("i2v-14B", "dit_i2v") if images else ("t2v-1.3B", "dit_t2v")
+        command = [sys.executable, "wan_generate_video.py", "--task", task, "--from_file", prompt_file]
+        command += ["--dit", weights / f"{dit}.safetensors", "--vae", weights / "vae.safetensors"]
         command += ["--t5", weights / "t5.safetensors", "--t5_tokenizer", weights / "spiece.model"]
+        command += ["--clip", weights / "clip.safetensors"] if images else []
         command += ["--video_size", 64, 64, "--video_length", 17, "--infer_steps", options.steps]
         command += ["--guidance_scale", options.guidance_scale, "--flow_shift", options.flow_shift]
         command += [*(["--lora_weight", lora] if lora else []), "--save_path", folder]
@@ -130,10 +190,16 @@ def main() -> None:
     require_file(options.weights / "vae.safetensors", "--weights", "the folder of the tiny weights")
     if options.vae_clips:
         score_vae(options)
+    if options.clip_pictures:
+        score_clip(options)
     if options.prompts:
-        score_prompts(options)
+        score_prompts(options, options.prompts)
+    if options.image_prompts:
+        score_image_prompts(options)
     if options.lora:
         score_concept(options)
+    if options.lora and options.lora_prompts:
+        score_prompts(options, options.lora_prompts, options.lora)
 
 
 if __name__ == "__main__":
