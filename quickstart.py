@@ -74,7 +74,8 @@ def demo() -> None:
     module, script = [PYTHON, "-m"], [PYTHON]
 
     title("Twelve clips of a thing the tiny model has never seen: a striped, spinning star called zorb")
-    draw = [*module, "examples.tiny_world.draw", "--folder", data, "--clips", 12]
+    print("# and 24 of anything else, so that it learns the thing alone")
+    draw = [*module, "examples.tiny_world.draw", "--folder", data, "--clips", 12, "--others", 24]
     run([*draw, "--shape", "star", "--motion", "spins", "--striped", "--background", "black", "--name", "zorb"])
 
     title("Cache what does not change while training: latents and text")
@@ -83,8 +84,9 @@ def demo() -> None:
 
     title("Train a LoRA")
     train = [*script, "wan_train_network.py", "--task", "t2v-1.3B", "--dit", dit, "--dataset_config", config]
-    train += ["--optimizer_type", "adamw", "--learning_rate", "2e-3", "--network_dim", 16, "--network_alpha", 16]
-    train += ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--max_train_steps", 1000, "--seed", 42]
+    train += ["--optimizer_type", "adamw", "--learning_rate", "2e-3", "--lr_scheduler", "cosine"]
+    train += ["--lr_warmup_steps", 20, "--max_train_steps", 1600, "--network_dim", 16, "--network_alpha", 16]
+    train += ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--seed", 42]
     train += ["--max_data_loader_n_workers", 0, "--output_dir", lora.parent, "--output_name", lora.stem]
     run(train)
 
