@@ -37,7 +37,7 @@ from wan.conditioning import (
 )
 from wan.configs import WanConfig
 from wan.loading import DitOptions, dit_dtype, load_dit
-from wan.model import WanModel
+from wan.model import Context, WanModel
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, load_vae
 
@@ -217,10 +217,14 @@ def denoise(
 ) -> Tensor:
     """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes."""
 
+    contexts: dict[int, Context] = {}  # by the text's identity: the skipped prediction shares the negative one's
+
     def predicting(text: Tensor | None, skip_blocks: tuple[int, ...] = ()) -> Velocity:
         def velocity(x: Tensor, step: Step) -> Tensor:
+            if id(text) not in contexts:
+                contexts[id(text)] = dit.context([text], features, reused=True)
             timestep = torch.tensor([step.timestep], device=x.device)
-            return dit(x, timestep, [text], y=y, image_features=features, skip_blocks=skip_blocks)
+            return dit(x, timestep, contexts[id(text)], y=y, skip_blocks=skip_blocks)
 
         return velocity
 

@@ -303,3 +303,27 @@ def test_rotary_factors_of_a_grid_are_computed_once(monkeypatch):
         model(**given)
         model(**given)
     assert model._rope_factors.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("kind", ["dit_t2v", "dit_flf2v"])
+@torch.no_grad()
+def test_what_a_video_should_show_is_computed_once_for_all_steps(kind):
+    model, calls = model_of(kind), []
+    given = random_inputs(model, batch=2)
+    expected = model(**given)
+    for name, layer in model.named_modules():
+        if name.endswith(("cross_attn.k", "cross_attn.v_img", "text_embedding", "img_emb")):
+            layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+    context = model.context(given.pop("text"), given.pop("image_features"), reused=True)
+    for _ in range(3):
+        assert torch.equal(model(**given, text=context), expected)
+    assert len(calls) == len(set(calls)) == (3 if kind == "dit_t2v" else 6)
+
+
+@torch.no_grad()
+def test_a_video_of_many_tokens_keeps_no_keys():
+    model = model_of("dit_t2v")
+    given = random_inputs(model, grid=(3, 16, 16), rows=(3,))
+    context = model.context(given["text"], reused=True)
+    assert torch.equal(model(given["x"], given["timestep"], context), model(**given))
+    assert context.keys_values == {}

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from wan.attention import attention, can_add_bias
 from wan.rope import rope_factors, rotate
 
+KEPT_BELOW = 16  # tokens of a video for each of its text and pictures, above which their keys are computed each time
+
 
 @dataclass(frozen=True)
 class WanShape:
@@ -32,6 +34,16 @@ class WanShape:
     eps: float = 1e-6
     clip_dim: int | None = None  # width of the CLIP features, where there is a branch for them
     image_tokens: int | None = None  # 514 where those of two pictures have learned positions
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a batch of videos should show, as the blocks see it: the same in all steps of a denoising."""
+
+    text: Tensor  # [B S D]
+    text_bias: Tensor | None  # [B S], what the attention logits of the text are raised by; None for 0
+    images: Tensor | None  # [B 257 D], [B 514 D], or None for a model without that branch
+    keys_values: dict[nn.Module, tuple[Tensor, ...]] | None = None  # of layers that have seen it; None: keep none
 
 
 class WanModel(nn.Module):
@@ -74,7 +86,7 @@ class WanModel(nn.Module):
         self,
         x: Tensor,
         timestep: Tensor,
-        text: Sequence[Tensor],
+        text: Sequence[Tensor] | Context,
         y: Tensor | None = None,
         image_features: Tensor | None = None,
         frame_indices: Sequence[Sequence[int]] | None = None,
@@ -82,7 +94,8 @@ class WanModel(nn.Module):
     ) -> Tensor:
         """Return the velocity [B 16 F H W] in float32.
 
-        x [B 16 F H W] noisy latents; timestep [B], 0 to 1000; text: B tensors [n<=512 text_dim], not padded.
+        x [B 16 F H W] noisy latents; timestep [B], 0 to 1000; text: B tensors [n<=512 text_dim], not padded, or what
+        context() made of them and of image_features.
         y [B C F H W]: more channels to see (mask, image, control). image_features [B 257 1280] from CLIP, or
         [2B 257 1280], each video's first and last picture one after the other; zeros where there is no picture.
         frame_indices: for each video the temporal position of each of its F frames, instead of 0 to F-1.
@@ -94,17 +107,25 @@ class WanModel(nn.Module):
         tokens, grid = self.patchify(x)
         time = self.time_embedding(sinusoid(timestep.to(x.device), self.shape.freq_dim))
         modulation = rearrange(self.time_projection(time), "b (six d) -> six b d", six=6)
-        context = *self.embed_text(text), self.embed_images(image_features, len(x))
+        context = text if isinstance(text, Context) else self.context(text, image_features)
         rope = self.rope(grid, frame_indices, x.device)
         for number, block in enumerate(self.blocks):
             if number in skip_blocks:
                 continue
-            arguments = (tokens, modulation, rope, *context, self.attn_mode, self.split_attn)
+            arguments = (tokens, modulation, rope, context, self.attn_mode, self.split_attn)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens = block(*arguments)
         return self.unpatchify(self.head(tokens, time), grid)
+
+    def context(self, text: Sequence[Tensor], image_features: Tensor | None = None, reused: bool = False) -> Context:
+        """Return what forward() makes of text and image_features, to give it in place of the text.
+
+        reused: for several steps, without gradients; then the layers that look at it also keep their keys and values.
+        """
+        images = self.embed_images(image_features, len(text))
+        return Context(*self.embed_text(text), images, {} if reused else None)
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Return tokens [B L D] in (frame, row, column) order, float32, and the numbers of frames, rows, columns.
@@ -186,24 +207,21 @@ class WanAttentionBlock(nn.Module):
         x: Tensor,
         modulation: Tensor,
         rope: Tensor,
-        text: Tensor,
-        text_bias: Tensor | None,
-        images: Tensor | None,
+        context: Context,
         attn_mode: str = "torch",
         split_attn: bool = False,
     ) -> Tensor:
         """Return the residual stream after this block: [B L D], float32 like x.
 
         modulation [6 B D], float32: shift, scale and gate of self-attention, then of the MLP. rope: see rotate().
-        text [B S D] and text_bias [B S]: see embed_text(); images [B 257 D], [B 514 D] or None.
         """
-        dtype = text.dtype
+        dtype = context.text.dtype
         own = rearrange(self.modulation.float(), "1 six d -> six 1 d")
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = own + modulation
         how = attn_mode, split_attn
         h = modulated_norm(x, shift_attn, scale_attn, self.eps).to(dtype)
         x = gated_sum(x, self.self_attn(h, rope, *how), gate_attn)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), text, text_bias, images, *how)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), context, *how)
         h = modulated_norm(x, shift_ffn, scale_ffn, self.eps).to(dtype)
         return gated_sum(x, self.ffn(h), gate_ffn)
 
@@ -218,9 +236,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, attn_mode: str = "torch", split_attn: bool = False) -> Tensor:
         """Let the video's tokens x [B L D] look at each other. The norms run over all heads together."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (rearrange(y, "b l (h d) -> b l h d", h=self.heads) for y in (q, k, v))
+        q, k, v = (self._heads(y) for y in (q, k, v))
         out = attention(rotate(q, rope), rotate(k, rope), v, attn_mode, split_attn)
         return self.o(rearrange(out, "b l h d -> b l (h d)"))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return rearrange(y, "b l (h d) -> b l h d", h=self.heads)
 
 
 class CrossAttention(SelfAttention):
@@ -230,27 +251,31 @@ class CrossAttention(SelfAttention):
             self.k_img, self.v_img = (nn.Linear(shape.dim, shape.dim) for _ in "kv")
             self.norm_k_img = nn.RMSNorm(shape.dim, shape.eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        text_bias: Tensor | None = None,
-        images: Tensor | None = None,
-        attn_mode: str = "torch",
-        split_attn: bool = False,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attn_mode: str = "torch", split_attn: bool = False) -> Tensor:
         """Let the video's tokens x [B L D] look at the text, and separately at the pictures; the sum of both."""
-
-        def heads(y: Tensor) -> Tensor:
-            return rearrange(y, "b l (h d) -> b l h d", h=self.heads)
-
-        q = heads(self.norm_q(self.q(x)))
-        k, v = heads(self.norm_k(self.k(text))), heads(self.v(text))
-        out = attention(q, k, v, attn_mode, split_attn, text_bias)
-        if images is not None:
-            k, v = self.norm_k_img(self.k_img(images)), self.v_img(images)
-            out = out + attention(q, heads(k), heads(v), attn_mode, split_attn)
+        q = self._heads(self.norm_q(self.q(x)))
+        k, v, *images = self.keys_values(context, x.shape[1])
+        out = attention(q, k, v, attn_mode, split_attn, context.text_bias)
+        if images:
+            out = out + attention(q, *images, attn_mode, split_attn)
         return self.o(rearrange(out, "b l h d -> b l (h d)"))
+
+    def keys_values(self, context: Context, tokens: int) -> tuple[Tensor, ...]:
+        """Return keys and values [B S H D] of the text, and of the pictures where there are any.
+
+        They are kept with a context that keeps them, but not where the video has so many tokens that computing them
+        again takes no time to speak of: those of all blocks together can be a gigabyte.
+        """
+        kept = context.keys_values
+        if kept is not None and self in kept:
+            return kept[self]
+        pairs = [(self.norm_k(self.k(context.text)), self.v(context.text))]
+        if context.images is not None:
+            pairs.append((self.norm_k_img(self.k_img(context.images)), self.v_img(context.images)))
+        result = tuple(self._heads(y) for pair in pairs for y in pair)
+        if kept is not None and tokens <= KEPT_BELOW * sum(k.shape[1] for k, _ in pairs):
+            kept[self] = result
+        return result
 
 
 class ImageEmbedding(nn.Module):
