@@ -12,6 +12,7 @@ from tests.test_wan_model import distance, random_inputs
 from utils.errors import UserError
 from utils.safetensors_io import open_tensors
 from wan.configs import TASKS
+from wan.fp8 import FLOAT8, dequantize_weight
 from wan.loading import (
     DitOptions,
     build_dit,
@@ -274,7 +275,6 @@ def renamed(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]
 def nearly_dits() -> dict[str, tuple[dict[str, Tensor], str]]:
     """Return files that are nearly a DiT: their tensors, and what the line says of them."""
     weights = tiny.state_dict("dit_t2v")
-    scaled = "fp8_scaled file, whose scales are not supported. Use the bf16 or fp16 file; --fp8_scaled scales it"
     diffusers = renamed(renamed(weights, "self_attn", "attn1"), "text_embedding", "condition_embedder")
     ti2v = {name: torch.zeros(shape) for name, shape in tiny.dit_shapes(48, False).items()}
     ti2v |= {"head.head.weight": torch.zeros(192, 96), "head.head.bias": torch.zeros(192)}
@@ -285,8 +285,6 @@ def nearly_dits() -> dict[str, tuple[dict[str, Tensor], str]]:
         return {name: torch.ones(4, 96)}
 
     return {
-        "scaled": (weights | only("blocks.0.ffn.0.scale_weight") | only("scaled_fp8"), scaled),
-        "other scaled": (weights | only("blocks.0.ffn.0.weight_scale"), scaled),
         "diffusers": (diffusers, "is a DiT in the layout of diffusers. Use the file of the official"),
         "lora": (only("lora_unet_blocks_0_ffn_0.lora_down.weight"), "is a LoRA, not a DiT. Give it to --lora_weight"),
         "other lora": (only("diffusion_model.blocks.0.ffn.0.lora_A.weight"), "is a LoRA, not a DiT"),
@@ -372,3 +370,58 @@ def test_fp8_options_go_with_a_bfloat16_file(saved, options):
 
 def test_the_default_task_is_t2v_14b():
     assert DitOptions().task == "t2v-14B" and DitOptions().dit is None
+
+
+def scaled_file(weights: dict[str, Tensor], style: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights as ComfyUI's fp8_scaled files hold them, and what they stand for."""
+    file: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2, dtype=FLOAT8)} if style == "old" else {}
+    meant = {}
+    for name, weight in weights.items():
+        if weight.ndim != 2 or "blocks" not in name and "text_embedding" not in name:
+            file[name] = meant[name] = weight
+            continue
+        rows = style == "rows"
+        scale = (weight.abs().amax(1, keepdim=True) if rows else weight.abs().max()) / 448
+        file[name] = (weight / scale).clamp(-448, 448).to(FLOAT8)
+        meant[name] = file[name].float() * scale
+        layer = name.removesuffix(".weight")
+        if style == "old":
+            file[f"{layer}.scale_weight"], file[f"{layer}.scale_input"] = scale, torch.ones(())
+        else:
+            file[f"{layer}.weight_scale"] = scale
+            file[f"{layer}.comfy_quant"] = torch.zeros(5, dtype=torch.uint8)
+    return file, meant
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dim": 128, "ffn": 192}])
+@pytest.mark.parametrize("style", ["old", "new", "rows"])
+@torch.no_grad()
+def test_files_with_scales_are_held_as_they_are(saved, style, sizes):
+    file, meant = scaled_file(tiny.state_dict("dit_t2v", **sizes), style)
+    prefixed = {"model.diffusion_model." + name: tensor for name, tensor in file.items()}
+    heads = 4 if sizes else 3
+    path = saved(prefixed, heads=str(heads))
+    reference = build_dit(meant, heads)
+    given = random_inputs(reference)
+    for fp8_scaled in (False, True):
+        model = load_dit(path, T2V, torch.float32, "cpu", fp8=True, fp8_scaled=fp8_scaled)
+        assert torch.equal(model.blocks[0].ffn[0].weight.float(), file["blocks.0.ffn.0.weight"].float())
+        assert distance(model(**given), reference(**given)) < 1e-6
+
+
+def test_a_lora_is_added_to_what_scaled_weights_stand_for(saved):
+    file, meant = scaled_file(tiny.state_dict("dit_t2v"), "old")
+    name = "blocks.1.self_attn.q.weight"
+    delta = torch.randn(meant[name].shape) * 0.05
+    model = load_dit(saved(file), T2V, torch.float32, "cpu", {name: lambda: delta}, fp8=True)
+    layer = model.blocks[1].self_attn.q
+    held = dequantize_weight(layer.weight, layer.scale_weight, torch.float32)
+    assert distance(held, meant[name] + delta) < 0.04
+
+
+def test_scaled_files_need_the_fp8_option_and_scales_that_fit(saved):
+    file, _ = scaled_file(tiny.state_dict("dit_t2v"), "old")
+    assert "holds float8 weights. Add --fp8" in error_of(check_fp8, saved(file), False, False)
+    path = saved(file | {"blocks.0.ffn.0.scale_weight": torch.ones(7)})
+    line = error_of(load_dit, path, T2V, torch.float32, "cpu", fp8=True)
+    assert "blocks.0.ffn.0.scale_weight holds 7 numbers, neither one nor one for each of 192 outputs" in line

@@ -1,6 +1,6 @@
 """Linear weights held as float8 (e4m3fn): cast as they are, or with a scale for every 64 inputs of a row."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +80,21 @@ def quantized_tensors(
     yield scale_name(name), scale
 
 
+def block_scales(scale: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return one scale for a whole matrix, [], or for each row, [O 1], as Float8Linear holds those of its blocks."""
+    outputs, inputs = shape
+    if inputs % BLOCK == 0:
+        return scale.reshape(-1, 1, 1).expand(outputs, inputs // BLOCK, 1).clone()
+    return scale.expand(outputs, 1).clone()
+
+
 class Float8Linear(nn.Linear):
     """A frozen linear layer that holds its weight as float8 and computes in the dtype of its input."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, scaled: bool = False, **where):
         super().__init__(inputs, outputs, bias, **where)
-        shape = (outputs, inputs // BLOCK, 1) if inputs % BLOCK == 0 else (outputs, 1)
-        self.register_buffer("scale_weight", torch.empty(shape, **where) if scaled else None)
+        scales = block_scales(torch.empty((), **where), (outputs, inputs)) if scaled else None
+        self.register_buffer("scale_weight", scales)
 
     def forward(self, x: Tensor) -> Tensor:
         return _DequantizedLinear.apply(x, self.weight, self.scale_weight, self.bias)

@@ -17,13 +17,23 @@ from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
 from wan.configs import TASKS, WanConfig
-from wan.fp8 import FLOAT8, cast_weight, is_quantized, quantized_tensors, use_float8_linears
+from wan.fp8 import (
+    FLOAT8,
+    block_scales,
+    cast_weight,
+    is_quantized,
+    quantized_tensors,
+    scale_name,
+    use_float8_linears,
+)
 from wan.model import WanModel, WanShape
 from wan.weights import InMemory, Weights, check_names, wrong_kind
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "model.diffusion_model."  # put before every name by some repackaged files
+# Of ComfyUI's fp8_scaled files: scales of weights and of inputs, which we do not round, and marks.
+_BESIDE_FLOAT8 = re.compile(r"(^|\.)(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant)$")
 HEAD_DIM = 128  # of all published models
 # Tensors whose shapes are the model's sizes, and how many dimensions they have.
 SIZED = {
@@ -105,13 +115,23 @@ def dit_dtype(path: Path | str | None, option: str = "--dit") -> torch.dtype:
 
 
 class DitTensors:
-    """The tensors of a DiT by their official names, which have no prefix; `where` begins every complaint."""
+    """The tensors of a DiT by their official names, which have no prefix; `where` begins every complaint.
+
+    In ComfyUI's fp8_scaled format float8 weights have scales beside them, which are not tensors of their own here.
+    """
 
     def __init__(self, source: Weights, where: str = "weights"):
         self.where = where
         self.metadata = source.metadata
         self._source = source
-        self._keys = {key.removeprefix(PREFIX): key for key in list(source.keys())}
+        keys = {key.removeprefix(PREFIX): key for key in list(source.keys())}
+        self._keys = {name: key for name, key in keys.items() if not _BESIDE_FLOAT8.search(name)}
+        self._scales = {
+            name: keys[beside]
+            for name in self._keys
+            for beside in (name.removesuffix("weight") + scale for scale in ("scale_weight", "weight_scale"))
+            if name.endswith(".weight") and beside in keys
+        }
 
     def keys(self) -> Iterable[str]:
         return self._keys.keys()
@@ -128,6 +148,24 @@ class DitTensors:
     def get(self, name: str) -> Tensor:
         """Return one tensor, maybe a view of the file."""
         return self._source.get(self._keys[name])
+
+    @property
+    def has_scales(self) -> bool:
+        """Return whether float8 weights of the file are to be multiplied by scales in it."""
+        return bool(self._scales)
+
+    def scale(self, name: str) -> Tensor | None:
+        """Return what a float8 weight is to be multiplied by, [] or [O 1], float32; None for 1."""
+        if name not in self._scales:
+            return None
+        scale, shape = self._source.get(self._scales[name]).float(), self.shape(name)
+        if scale.numel() not in (1, shape[0]):
+            raise UserError(
+                f"{self.where}: {self._scales[name]} holds {scale.numel()} numbers, neither one nor one for each of "
+                f"{shape[0]} outputs",
+                "use the bf16 or fp16 file",
+            )
+        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (len(shape) - 1))
 
     def linear_dtype(self) -> torch.dtype:
         """Return the dtype of the blocks' linear weights."""
@@ -259,11 +297,6 @@ OTHERS = (
         "give it to --lora_weight, or in training to --network_weights",
     ),
     (
-        r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant)$",
-        "is an fp8_scaled file, whose scales are not supported",
-        "use the bf16 or fp16 file; --fp8_scaled scales it while loading",
-    ),
-    (
         r"^(condition_embedder|blocks\.0\.attn1)\.",
         "is a DiT in the layout of diffusers",
         "use the file of the official repository, or the one repackaged for ComfyUI",
@@ -319,7 +352,7 @@ def _check_fp8(tensors: DitTensors, fp8: bool, fp8_scaled: bool) -> None:
             f"{tensors.where}: holds {dtype_name(dtype)} weights, of the float8 formats only e4m3fn is supported",
             "use the bf16, fp16 or fp8_e4m3fn file",
         )
-    if fp8_scaled:
+    if fp8_scaled and not tensors.has_scales:
         raise UserError(
             f"{tensors.where}: holds float8 weights, which --fp8_scaled cannot make more exact",
             "use the bf16 or fp16 file, or leave --fp8_scaled out",
@@ -353,15 +386,22 @@ def _assemble(
             "use a LoRA that was trained for this kind of model",
         )
     model = _empty_model(shape).requires_grad_(False)
+    fp8_scaled = fp8_scaled or tensors.has_scales
     if fp8:
         use_float8_linears(model.blocks, fp8_scaled)
     weights = {}
     for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=None):
-        tensor = tensors.get(name)
+        tensor, scale = tensors.get(name), tensors.scale(name)
+        kept = fp8 and is_quantized(name)
+        if scale is not None and (name in deltas or not kept):
+            tensor, scale = tensor.to(device).float() * scale.to(device), None
         if name in deltas:
             tensor = _changed(name, tensor.to(device), deltas[name]().to(device), tensors.where)
-        if not (fp8 and is_quantized(name)):
+        if not kept:
             weights[name] = tensor.to(device, dtype)
+        elif scale is not None:
+            weights[name] = tensor.to(device)
+            weights[scale_name(name)] = block_scales(scale, tensor.shape).to(device, dtype)
         elif fp8_scaled:
             weights.update(quantized_tensors(name, tensor.to(device), scale_dtype=dtype))
         else:
