@@ -379,7 +379,11 @@ def _assemble(
     fp8: bool = False,
     fp8_scaled: bool = False,
 ) -> WanModel:
-    """Return the model with its tensors read one by one, each changed, cast and placed before the next."""
+    """Return the model with its tensors read one by one, each changed, cast and placed before the next.
+
+    Copies also of what could stay a view of the file: where a file's tensors begin is no multiple of what kernels read
+    fastest from, and the last bits of a sum depend on it.
+    """
     if unknown := [name for name in deltas if name not in tensors]:
         raise UserError(
             f"{tensors.where}: a LoRA changes weights that this model lacks: {_listed(unknown)}",
@@ -398,14 +402,14 @@ def _assemble(
         if name in deltas:
             tensor = _changed(name, tensor.to(device), deltas[name]().to(device), tensors.where)
         if not kept:
-            weights[name] = tensor.to(device, dtype)
+            weights[name] = tensor.to(device, dtype, copy=True)
         elif scale is not None:
-            weights[name] = tensor.to(device)
+            weights[name] = tensor.to(device, copy=True)
             weights[scale_name(name)] = block_scales(scale, tensor.shape).to(device, dtype)
         elif fp8_scaled:
             weights.update(quantized_tensors(name, tensor.to(device), scale_dtype=dtype))
         else:
-            weights[name] = tensor.to(device) if tensor.dtype == FLOAT8 else cast_weight(tensor.to(device))
+            weights[name] = tensor.to(device, copy=True) if tensor.dtype == FLOAT8 else cast_weight(tensor.to(device))
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -195,9 +195,9 @@ def _build(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _TIED}
     check_names(where, expected, {name: weights.shape(key) for name, key in keys.items()})
     for name in expected:
-        tensor = weights.get(keys[name]).to(device)
+        tensor = weights.get(keys[name])
         if isinstance(model.get_submodule(name.rpartition(".")[0]), Float8Linear):
-            place(model, name, cast_weight(tensor), FLOAT8, device)
+            place(model, name, cast_weight(tensor.to(device)), FLOAT8, device)
         else:
             place(model, name, tensor, dtype, device)
     return model

@@ -91,7 +91,7 @@ def check_names(where: str, expected: Mapping[str, tuple[int, ...]], found: Mapp
 
 
 def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Make a tensor, cast and moved, the frozen parameter `name` of a model that was built without memory."""
+    """Make a copy of a tensor, cast and moved, the frozen parameter `name` of a model that was built without memory."""
     owner, _, parameter = name.rpartition(".")
-    tensor = tensor.to(device=device, dtype=dtype)
+    tensor = tensor.to(device=device, dtype=dtype, copy=True)
     setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor, requires_grad=False))
