@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from utils.devices import dtype_name
 from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
+from wan.block_swap import SwapOptions, stream_blocks, streamed_blocks, streaming_device
 from wan.configs import TASKS, WanConfig
 from wan.fp8 import (
     FLOAT8,
@@ -64,20 +65,27 @@ def load_dit(
     split_attn: bool = False,
     fp8: bool = False,
     fp8_scaled: bool = False,
+    swap: SwapOptions | None = None,
     option: str = "--dit",
 ) -> WanModel:
     """Return the DiT of a file, frozen, on the device, with linear layers that compute in `dtype`.
 
     deltas: by a weight's official name, what is added to it, as a function, so that only one is in memory at a time;
     added in float32 before the weight is cast or quantised. fp8: hold the blocks' linear weights as float8;
-    fp8_scaled: with a scale for each 64 inputs. Peak memory is the model and one tensor.
+    fp8_scaled: with a scale for each 64 inputs. swap: the blocks that are held in main memory, none of which is ever on
+    the device as a whole but by its place in the ring. Peak memory is the model and one tensor, or one swapped block.
     """
+    swap = swap or SwapOptions()
     with open_tensors(path, option, "the DiT's weights") as file:
         tensors = DitTensors(file, f"{option} {path}")
         shape = _check(tensors, config)
         _check_fp8(tensors, fp8, fp8_scaled)
-        model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled)
+        swapped = streamed_blocks(shape.blocks, swap.blocks_to_swap)
+        model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled, swapped)
     model.attn_mode, model.split_attn = attn_mode, split_attn
+    if swapped:
+        pinned = swap.use_pinned_memory_for_block_swap
+        stream_blocks(model, swapped, swap.slots, streaming_device(device, pinned))
     return model
 
 
@@ -378,11 +386,13 @@ def _assemble(
     deltas: Deltas,
     fp8: bool = False,
     fp8_scaled: bool = False,
+    swapped: Sequence[int] = (),
 ) -> WanModel:
     """Return the model with its tensors read one by one, each changed, cast and placed before the next.
 
     Copies also of what could stay a view of the file: where a file's tensors begin is no multiple of what kernels read
-    fastest from, and the last bits of a sum depend on it.
+    fastest from, and the last bits of a sum depend on it. swapped: numbers of the blocks whose tensors are
+    left in main memory. They are changed and quantised on the device all the same, for the same bits.
     """
     if unknown := [name for name in deltas if name not in tensors]:
         raise UserError(
@@ -394,6 +404,7 @@ def _assemble(
     if fp8:
         use_float8_linears(model.blocks, fp8_scaled)
     weights = {}
+    in_main_memory = tuple(f"blocks.{number}." for number in swapped)
     for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=None):
         tensor, scale = tensors.get(name), tensors.scale(name)
         kept = fp8 and is_quantized(name)
@@ -401,15 +412,20 @@ def _assemble(
             tensor, scale = tensor.to(device).float() * scale.to(device), None
         if name in deltas:
             tensor = _changed(name, tensor.to(device), deltas[name]().to(device), tensors.where)
+        swapped_out = name.startswith(in_main_memory)  # and copied there once more, out of the file
+        home, copy = ("cpu", False) if swapped_out else (device, True)
         if not kept:
-            weights[name] = tensor.to(device, dtype, copy=True)
+            weights[name] = tensor.to(home, dtype, copy=copy)
         elif scale is not None:
-            weights[name] = tensor.to(device, copy=True)
-            weights[scale_name(name)] = block_scales(scale, tensor.shape).to(device, dtype)
+            weights[name] = tensor.to(home, copy=copy)
+            weights[scale_name(name)] = block_scales(scale, tensor.shape).to(home, dtype)
         elif fp8_scaled:
-            weights.update(quantized_tensors(name, tensor.to(device), scale_dtype=dtype))
+            quantized = quantized_tensors(name, tensor.to(device), scale_dtype=dtype)
+            weights.update((part, value.to(home)) for part, value in quantized)
+        elif tensor.dtype == FLOAT8:
+            weights[name] = tensor.to(home, copy=copy)
         else:
-            weights[name] = tensor.to(device, copy=True) if tensor.dtype == FLOAT8 else cast_weight(tensor.to(device))
+            weights[name] = cast_weight(tensor.to(device)).to(home)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 

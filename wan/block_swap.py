@@ -1,0 +1,289 @@
+"""Blocks that live in main memory and visit the device: a ring of buffers that frozen weights stream through."""
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.options import option
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 256  # bytes, which kernels read fastest from
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class SwapOptions:
+    """block swap"""
+
+    blocks_to_swap: int = option(0, "DiT blocks whose weights are held in main memory, up to all of them")
+    block_swap_ring_size: int | None = option(
+        None, "how many of these are on the GPU at a time, the one in use and the next (default: 2)"
+    )
+    use_pinned_memory_for_block_swap: bool = option(
+        True, "page-lock that main memory, which copies need to run beside the computation"
+    )
+
+    @property
+    def slots(self) -> int:
+        return self.block_swap_ring_size or min(2, self.blocks_to_swap)
+
+
+def check_swap(options: SwapOptions, blocks: int) -> None:
+    """Raise UserError for numbers that a DiT of so many blocks has no use for."""
+    swapped, slots = options.blocks_to_swap, options.block_swap_ring_size
+    if swapped < 0:
+        raise UserError(f"--blocks_to_swap {swapped}: must not be negative", "0 keeps all blocks on the GPU")
+    if swapped > blocks:
+        raise UserError(f"--blocks_to_swap {swapped}: the DiT has {blocks} blocks", f"use {blocks} or fewer")
+    if slots is not None and slots < 1:
+        raise UserError(
+            f"--block_swap_ring_size {slots}: there must be room for the block in use", "use 2, or leave it out"
+        )
+    if slots is not None and not swapped:
+        logger.warning("--block_swap_ring_size %d: ignored without --blocks_to_swap", slots)
+    elif slots is not None and slots > swapped:
+        raise UserError(
+            f"--block_swap_ring_size {slots}: is more than --blocks_to_swap {swapped}", "leave it out, or use fewer"
+        )
+
+
+def streamed_blocks(blocks: int, swapped: int) -> list[int]:
+    """Return the numbers of the blocks to swap, spread evenly, so that each copy has as long to run as the others."""
+    return [(2 * i + 1) * blocks // (2 * swapped) for i in range(swapped)]
+
+
+def stream_blocks(model: nn.Module, numbers: Sequence[int], slots: int, device: "Device") -> "Ring":
+    """Make the model hold the weights of these of its `blocks`, which are frozen, in main memory; return their ring.
+
+    The blocks may be on any device. Names, outputs and gradients stay the same.
+    """
+    blocks = [model.blocks[number] for number in numbers]
+    ring = Ring(blocks, slots, device)
+    for rank, block in enumerate(blocks):
+        block.forward = partial(ring.run, rank, block.forward)
+    model.forward = partial(ring.record, model.forward)
+    saved = (len(blocks) - slots) * ring.block_bytes / _GIB
+    logger.info(
+        "block swap: %d of %d blocks (%.2f GiB each) in main memory, %d of them on the device at a time: %.2f GiB less",
+        *(len(blocks), len(model.blocks), ring.block_bytes / _GIB, slots, saved),
+    )
+    return ring
+
+
+class Device(Protocol):
+    """Where blocks compute, and how their bytes get there."""
+
+    def home(self, size: int) -> Tensor:
+        """Return so many bytes of main memory, uint8."""
+
+    def slot(self, size: int) -> Tensor:
+        """Return so many bytes on the device, uint8, that start a storage of their own."""
+
+    def copy(self, slot: Tensor, home: Tensor) -> Any:
+        """Start a copy that overtakes no computation begun so far; return what to wait for."""
+
+    def wait(self, copy: Any) -> None:
+        """Let computation that begins from now on see the result of a copy."""
+
+
+class CudaDevice:
+    """A GPU. Copies have a stream of their own, and run beside the computation where main memory is page-locked."""
+
+    def __init__(self, device: torch.device, pinned: bool):
+        self.device, self.pinned = device, pinned
+        self.stream = torch.cuda.Stream(device)
+        self._locked: list[Tensor] = []
+        # The list keeps the memory until it is unlocked, whoever else has let go of it.
+        weakref.finalize(self, _unlock, self.stream, self._locked)
+
+    def home(self, size: int) -> Tensor:
+        # Not torch's pinned memory: that comes in powers of two, half as much again for the blocks of the 14B.
+        home = torch.empty(size, dtype=torch.uint8)
+        if self.pinned:
+            portable = 1
+            self.pinned = int(torch.cuda.cudart().cudaHostRegister(home.data_ptr(), size, portable)) == 0
+            if self.pinned:
+                self._locked.append(home)
+            else:
+                logger.warning("block swap: the system page-locks no more main memory; computation waits for copies")
+                with contextlib.suppress(RuntimeError):
+                    torch.ones(1, device=self.device)  # a kernel, to collect the error, which the next one would raise
+        return home
+
+    def slot(self, size: int) -> Tensor:
+        slot = torch.empty(size, dtype=torch.uint8, device=self.device)
+        slot.record_stream(self.stream)  # the memory is not given to others while a copy is on its way
+        return slot
+
+    def copy(self, slot: Tensor, home: Tensor) -> torch.cuda.Event:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            slot.copy_(home, non_blocking=True)
+        return self.stream.record_event()
+
+    def wait(self, copy: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(copy)
+
+
+def _unlock(stream: torch.cuda.Stream, locked: Iterable[Tensor]) -> None:
+    stream.synchronize()
+    for home in locked:
+        torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
+
+
+class CpuDevice:
+    """A CPU: the same copies, which then save nothing, from main memory to main memory."""
+
+    def home(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def slot(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def copy(self, slot: Tensor, home: Tensor) -> None:
+        slot.copy_(home)
+
+    def wait(self, copy: None) -> None:
+        pass
+
+
+def streaming_device(device: torch.device | str, pinned: bool) -> Device:
+    """Return how weights are streamed to a device."""
+    if torch.device(device).type == "cuda":
+        return CudaDevice(torch.device(device), pinned)
+    logger.warning("--blocks_to_swap: saves nothing on a CPU, whose memory is main memory")
+    return CpuDevice()
+
+
+class Packed:
+    """The tensors of a block one after the other in bytes [block_bytes], uint8."""
+
+    def __init__(self, data: Tensor, like: Sequence[Tensor]):
+        self.data, self.views, start = data, [], 0
+        for tensor in like:
+            view = data[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            self.views.append(view)
+            start += _aligned(tensor.nbytes)
+
+    def show(self, tensors: Sequence[Tensor]) -> None:
+        """Make tensors, whose values the bytes are, views of them."""
+        for tensor, view in zip(tensors, self.views, strict=True):
+            tensor.data = view
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class Streamed(NamedTuple):
+    """A view of a streamed weight that a backward pass will need, in place of memory that others overwrite by then."""
+
+    rank: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int  # in the slot, in elements
+
+
+class Ring:
+    """A few slots on the device for the weights of blocks that are needed in order, again and again, or there and back.
+
+    Each block's weights are packed into one run of bytes in main memory, their home, and only ever copied from there.
+    They are views of their home but for those of the block last used, which are views of its slot. A rank is the place
+    of a block among those that are streamed.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], slots: int, device: Device):
+        assert 1 <= slots <= len(blocks), f"{slots} slots for {len(blocks)} blocks"
+        self.device = device
+        self.tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
+        for tensors in self.tensors:
+            assert not any(tensor.requires_grad for tensor in tensors), "weights in training cannot be streamed"
+            assert [(x.shape, x.dtype) for x in tensors] == [(x.shape, x.dtype) for x in self.tensors[0]]
+        self.block_bytes = sum(_aligned(tensor.nbytes) for tensor in self.tensors[0])
+        self.loads, self.bytes_copied = 0, 0
+        self.homes: list[Packed] = []
+        for tensors in self.tensors:  # one by one, so that there is never a second copy of all
+            home = Packed(device.home(self.block_bytes), tensors)
+            for view, tensor in zip(home.views, tensors, strict=True):
+                view.copy_(tensor)
+            home.show(tensors)
+            self.homes.append(home)
+        self.slots = [Packed(device.slot(self.block_bytes), self.tensors[0]) for _ in range(slots)]
+        self._by_address = {slot.data.untyped_storage().data_ptr(): i for i, slot in enumerate(self.slots)}
+        self._held: list[int | None] = [None] * slots  # the rank in each slot
+        self._copies: list[Any] = [None] * slots
+        self._last: tuple[int, bool] | None = None  # rank and direction
+
+    def record(self, forward: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+        """Return what the model computes, its backward pass being told to find streamed weights by rank.
+
+        Around the model and not around a block, where it would hide what gradient checkpointing does in the same way.
+        """
+        with torch.autograd.graph.saved_tensors_hooks(self._packed, self._found):
+            return forward(*args, **named)
+
+    def run(self, rank: int, forward: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+        """Return what a block computes."""
+        # Where autograd looks on, a block that is not after the last one is being computed again in the backward pass,
+        # or is the first of a new pass, before which nothing else needs to be fetched.
+        backward = torch.is_grad_enabled() and self._last is not None and rank <= self._last[0]
+        self.use(rank, backward)
+        return forward(*args, **named)
+
+    def use(self, rank: int, backward: bool = False) -> Tensor:
+        """Return the slot that a block's weights are in, and have those that come next on their way."""
+        if self._last != (rank, backward):
+            upcoming = self._upcoming(rank, backward)
+            for near in upcoming:
+                if near not in self._held:
+                    self._load(near, upcoming)
+            if self._last is not None:
+                last, _ = self._last
+                self.homes[last].show(self.tensors[last])
+            slot = self._held.index(rank)
+            self.device.wait(self._copies[slot])
+            self.slots[slot].show(self.tensors[rank])
+            self._last = rank, backward
+        return self.slots[self._held.index(rank)].data
+
+    def _upcoming(self, rank: int, backward: bool) -> Collection[int]:
+        """Return the ranks that belong into the ring, this one first.
+
+        Where a backward pass will come, the last ones of the forward pass stay for it, and its last for the next step.
+        """
+        count = len(self.slots)
+        if backward:
+            return range(rank, max(rank - count, -1), -1)
+        if torch.is_grad_enabled():
+            return range(rank, min(rank + count, len(self.homes)))
+        return [(rank + i) % len(self.homes) for i in range(count)]
+
+    def _load(self, rank: int, keep: Collection[int]) -> None:
+        """Start the copy of a block's weights over those of a block that is not to be kept."""
+        slot = next(i for i, held in enumerate(self._held) if held not in keep)
+        self._held[slot] = rank
+        self._copies[slot] = self.device.copy(self.slots[slot].data, self.homes[rank].data)
+        self.loads += 1
+        self.bytes_copied += self.block_bytes
+
+    def _packed(self, tensor: Tensor) -> Tensor | Streamed:
+        slot = self._by_address.get(tensor.untyped_storage().data_ptr())
+        if slot is None:
+            return tensor
+        return Streamed(self._held[slot], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _found(self, saved: Tensor | Streamed) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        slot = self.use(saved.rank, backward=True)
+        return slot.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
