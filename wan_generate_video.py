@@ -13,6 +13,7 @@ from modules.prompts import PromptOptions, read_requests
 from utils.devices import default_device
 from utils.errors import run_script
 from utils.options import parse_options
+from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.configs import TASKS
 from wan.loading import DitOptions
@@ -21,7 +22,7 @@ from wan.vae import VaeOptions
 
 
 def main() -> None:
-    prompts, outputs, sampling, lora, dit, vae, t5, clip, run = parse_options(
+    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap = parse_options(
         __doc__,
         PromptOptions,
         OutputOptions,
@@ -32,8 +33,9 @@ def main() -> None:
         T5Options,
         ClipOptions,
         RunOptions,
+        SwapOptions,
     )
-    models = Models(TASKS[dit.task], default_device(run.device), dit, vae, t5, clip, lora, run)
+    models = Models(TASKS[dit.task], default_device(run.device), dit, vae, t5, clip, lora, run, swap)
     if outputs.latent_path:
         decode_files(models, outputs)
         return

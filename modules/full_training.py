@@ -49,6 +49,8 @@ class TrainedDit(Trained):
         for name in ("fp8_base", "fp8_scaled"):
             if getattr(options.precision, name):
                 raise UserError(f"--{name}: is not available in fine-tuning, float8 weights are frozen", "leave it out")
+        if options.swap.blocks_to_swap:
+            raise UserError("--blocks_to_swap: is not available yet", "leave it out")
         if file_dtype in FLOAT8:
             raise UserError(
                 f"--dit {options.dit.dit}: holds float8 weights, which are too coarse to train", "use the bf16 file"

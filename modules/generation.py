@@ -27,6 +27,7 @@ from utils.devices import compute_dtype, parse_dtype, release_memory
 from utils.errors import UserError
 from utils.options import option
 from wan.attention import ATTENTION_MODES
+from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions, load_clip
 from wan.conditioning import (
     control_condition,
@@ -75,7 +76,6 @@ class RunOptions:
     )
     fp8: bool = option(False, "hold the DiT's linear weights as float8: half the memory, a little less exact")
     fp8_scaled: bool = option(False, "the same with a scale for each 64 weights, which is more exact")
-    blocks_to_swap: int = option(0, "not available yet: DiT blocks held in main memory")
     compile: bool = option(False, "not available yet: torch.compile for the DiT")
     compile_args: tuple[str, str, str, str] | None = option(
         None, "not available yet: settings of --compile", metavar=("BACKEND", "MODE", "DYNAMIC", "FULLGRAPH")
@@ -115,6 +115,7 @@ class Models:
     clip: ClipOptions
     lora: LoraOptions
     run: RunOptions
+    swap: SwapOptions = SwapOptions()
 
     def load_dit(self) -> WanModel:
         dtype = compute_dtype(dit_dtype(self.dit.dit), self.device)
@@ -128,6 +129,7 @@ class Models:
             attn_mode=self.run.attn_mode,
             fp8=self.run.fp8 or self.run.fp8_scaled,
             fp8_scaled=self.run.fp8_scaled,
+            swap=self.swap,
         )
 
     def load_vae(self) -> WanVAE:

@@ -31,6 +31,7 @@ from utils.errors import UserError
 from utils.files import require_file
 from utils.safetensors_io import open_tensors
 from wan.attention import check_attention
+from wan.block_swap import check_swap
 from wan.configs import WanConfig
 from wan.loading import check_dit, check_fp8
 from wan.model import WanModel, WanShape
@@ -49,6 +50,7 @@ def check_generation(
     _check_sampling(requests, sampling)
     shape = check_dit(models.dit.dit, models.config)
     check_fp8(models.dit.dit, models.run.fp8 or models.run.fp8_scaled, models.run.fp8_scaled)
+    check_swap(models.swap, shape.blocks)
     blocks = [block for block in skipped_blocks(sampling) if not 0 <= block < shape.blocks]
     if blocks:
         raise UserError(
@@ -73,8 +75,6 @@ def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
 
 
 def _check_run(run: RunOptions) -> None:
-    if run.blocks_to_swap:
-        raise UserError("--blocks_to_swap: is not available yet", fix="--fp8 halves the DiT's memory")
     if run.compile or run.compile_args:
         raise UserError(f"--compile{'' if run.compile else '_args'}: is not available yet", fix="leave it out")
     check_attention(run.attn_mode, f"--attn_mode {run.attn_mode}")

@@ -17,6 +17,7 @@ from modules.train_options import AttentionOptions, TrainingOptions, TrainOption
 from modules.trained import Trained
 from utils.errors import UserError
 from wan.attention import check_attention
+from wan.block_swap import check_swap
 from wan.configs import TASKS, WanConfig
 from wan.loading import check_dit, dit_dtype
 from wan.model import WanShape
@@ -50,6 +51,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     shape = check_dit(options.dit.dit, config)
     check_saving(options.saving, options.metadata, options.dit.dit)
     mixed_precision, dtype = trained.check(options, shape, dit_dtype(options.dit.dit), device, seed)
+    check_swap(options.swap, shape.blocks)
     data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
     for items in data.items:
         check_caches(items, config, shape)
@@ -93,8 +95,6 @@ def run_length(training: TrainingOptions, batches: int) -> tuple[int, int]:
 
 def _refuse_later(options: TrainOptions) -> None:
     given = {name: value for name, value in vars(options.later).items() if value}
-    if options.precision.blocks_to_swap:
-        given["blocks_to_swap"] = options.precision.blocks_to_swap
     for name in given:
         raise UserError(f"--{name}: is not available yet", "leave it out")
 

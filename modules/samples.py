@@ -76,7 +76,7 @@ class SamplePlan:
     name: str  # first part of the file names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LiveModels(Models):
     """Models whose DiT is the one in training."""
 

@@ -9,6 +9,7 @@ from modules.flow_matching import TimestepOptions
 from modules.optimizers import OptimizerOptions
 from modules.samples import SampleOptions
 from utils.options import option
+from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.loading import DitOptions
 from wan.t5 import T5Options
@@ -40,7 +41,6 @@ class PrecisionOptions:
     fp8_base: bool = option(False, "for a LoRA: hold the DiT's linear weights as float8 (e4m3fn), half their memory")
     fp8_scaled: bool = option(False, "with --fp8_base: with a scale for every 64 weights, which is more exact")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: much less memory")
-    blocks_to_swap: int = option(0, "not available yet: DiT blocks held in main memory")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class TrainOptions:
     data: DatasetOptions
     training: TrainingOptions
     precision: PrecisionOptions
+    swap: SwapOptions
     attention: AttentionOptions
     timesteps: TimestepOptions
     optimizer: OptimizerOptions

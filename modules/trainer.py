@@ -83,6 +83,7 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
         split_attn=options.attention.split_attn,
         fp8=options.precision.fp8_base,
         fp8_scaled=options.precision.fp8_scaled,
+        swap=options.swap,
     )
     return Trainer(plan, dit, accelerator, sampler)
 

@@ -155,6 +155,18 @@ def test_samples_that_are_impossible_are_refused_before_the_model_loads(trainer,
     assert str(error.value).startswith(line)
 
 
+def test_samples_and_training_are_the_same_with_swapped_blocks(trainer, tmp_path):
+    due = "--max_train_epochs 1 --sample_prompts PROMPTS --sample_at_first --sample_every_n_steps 3"
+    for folder, swap in (("plain", ""), ("swapped", "--blocks_to_swap 2 --block_swap_ring_size 1")):
+        trainer(f"{due} {swap}", folder=folder).run()
+    loras = [load_file(tmp_path / folder / "n.safetensors") for folder in ("plain", "swapped")]
+    assert all(torch.equal(loras[0][key], loras[1][key]) for key in loras[0])
+    plain, swapped = (sorted((tmp_path / folder / "sample").iterdir()) for folder in ("plain", "swapped"))
+    assert len(plain) == len(swapped) == 3
+    for first, second in zip(plain, swapped, strict=True):
+        assert np.array_equal(np.array(Image.open(first)), np.array(Image.open(second)))
+
+
 def test_an_image_model_samples_from_its_picture(models, tmp_path):
     Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "start.png")
     (tmp_path / "p.txt").write_text(f"{LINE} --i {tmp_path / 'start.png'} --f 5")

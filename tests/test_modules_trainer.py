@@ -128,6 +128,20 @@ def test_every_way_to_save_memory_trains_nearly_the_same(trainer, flags):
     assert (got == want) == (flags == "--split_attn")
 
 
+@pytest.mark.parametrize("more", ["", "--gradient_checkpointing", "--fp8_base --fp8_scaled --gradient_checkpointing"])
+def test_swapped_blocks_train_the_same_lora_bit_by_bit(trainer, recipe, tmp_path, more):
+    path = tmp_path / "base.safetensors"
+    save_file_atomically(recipe.state_dict("lora_t2v"), path)
+    options = f"--max_train_steps 2 --learning_rate 1e-3 --network_dropout 0.1 --base_weights {path.as_posix()} {more}"
+    loras = []
+    for swap in ("", "--blocks_to_swap 1", "--blocks_to_swap 2 --block_swap_ring_size 1"):
+        run = trainer(f"{options} {swap}")
+        run.run()
+        loras.append(_lora(run))
+    for lora in loras[1:]:
+        assert all(torch.equal(lora[key], loras[0][key]) for key in loras[0])
+
+
 def test_training_starts_from_a_lora_with_its_ranks_and_alphas(trainer, recipe, tmp_path):
     lora = recipe.state_dict("lora_t2v")
     path = tmp_path / "start.safetensors"
@@ -304,7 +318,9 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--network_module networks.formats", "--network_module networks.formats: is no network module."),
         ("--network_args rank_dropuot=0.1", "--network_args rank_dropuot: unknown network argument. Did you mean"),
         ("--network_args rank_dropout", "--network_args rank_dropout: not of the form key=value."),
-        ("--blocks_to_swap 20", "--blocks_to_swap: is not available yet. Leave it out."),
+        ("--blocks_to_swap 20", "--blocks_to_swap 20: the DiT has 2 blocks. Use 2 or fewer."),
+        ("--blocks_to_swap -1", "--blocks_to_swap -1: must not be negative."),
+        ("--blocks_to_swap 2 --block_swap_ring_size 0", "--block_swap_ring_size 0: there must be room"),
         ("--resume state", "--resume: is not available yet. Leave it out."),
         ("--max_train_steps 0", "--max_train_steps 0: must be at least 1."),
         (

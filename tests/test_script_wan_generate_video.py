@@ -291,6 +291,16 @@ def test_every_way_of_running_makes_finite_latents_near_the_plain_one(generate, 
     assert torch.equal(plain, other) == ("cpu_noise" in options), "a CPU draws the noise on the CPU anyway"
 
 
+@pytest.mark.parametrize("options", [{}, {"fp8_scaled": True, "slg_mode": "original", "slg_layers": "1", "slg_end": 1}])
+def test_swapped_blocks_make_the_same_latents_bit_by_bit(generate, lora, tmp_path, options):
+    for swapped, slots in ((0, None), (1, None), (2, 1)):
+        path = tmp_path / f"{swapped}.safetensors"
+        swap = {"blocks_to_swap": swapped, "block_swap_ring_size": slots}
+        generate(save_path=path, output_type="latent", vae=None, lora_weight=[lora], **options, **swap)
+    plain, *others = (latent_of(tmp_path / f"{swapped}.safetensors") for swapped in range(3))
+    assert all(torch.equal(plain, other) for other in others)
+
+
 def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, caplog, tmp_path):
     slg = {"slg_mode": "original", "slg_end": 1.0, "output_type": "latent", "vae": None}
     for name, more in (("plain", {"output_type": "latent"}), ("ignored", slg), ("used", {**slg, "slg_layers": "1"})):
@@ -313,7 +323,8 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
         ({"video_size": [40, 48]}, "40 pixels high is not a multiple of 16. Use 32 or 48."),
         ({"task": "i2v-14B"}, "--image_path is missing: i2v-14B needs a start image"),
         ({"dit": "dit_i2v"}, "image-to-video model"),
-        ({"blocks_to_swap": 1}, "--blocks_to_swap: is not available yet"),
+        ({"blocks_to_swap": 3}, "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer."),
+        ({"blocks_to_swap": 1, "block_swap_ring_size": 2}, "--block_swap_ring_size 2: is more than --blocks_to_swap 1"),
         ({"compile": True}, "--compile: is not available yet"),
         ({"compile_args": ["inductor", "default", "False", "False"]}, "--compile_args: is not available yet"),
         ({"attn_mode": "flash3"}, "--attn_mode flash3: flash_attn_interface is not installed"),

@@ -88,20 +88,31 @@ def test_the_documented_command_trains_through_accelerate_launch(models, dataset
     assert metadata["ss_mixed_precision"] == "bf16" and metadata["ss_optimizer"].endswith("AdamW8bit")
 
 
-def test_two_processes_share_the_batches_and_average_their_gradients(models, dataset, tmp_path):
-    options = shlex.split(
-        f"{BASE} --learning_rate 1e-3 --max_train_epochs 2 --seed 1 --network_args module_dropout=0.3"
-    )
-    paths = ["--dit", models["dit_t2v"], "--dataset_config", dataset, "--output_dir", tmp_path]
+def two_processes(models, dataset, output, options) -> subprocess.CompletedProcess:
+    """Train by two processes on the CPU."""
+    options = shlex.split(f"{BASE} --learning_rate 1e-3 --seed 1 --network_args module_dropout=0.3 {options}")
+    paths = ["--dit", models["dit_t2v"], "--dataset_config", dataset, "--output_dir", output]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "wan_train_network.py", *options, *map(str, paths)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=environment)
     assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_two_processes_share_the_batches_and_average_their_gradients(models, dataset, tmp_path):
+    result = two_processes(models, dataset, tmp_path, "--max_train_epochs 2")
     # Seven batches on two processes: four rounds an epoch.
     assert "8 steps in 2 epochs of 4 batches on 2 process(es)" in result.stderr
     assert result.stderr.count("saved ") == 1
     assert read_metadata(tmp_path / "name-of-lora.safetensors")["ss_num_batches_per_epoch"] == "4"
+
+
+def test_two_processes_with_swapped_blocks_train_the_same_lora(models, dataset, tmp_path):
+    for name, swap in (("plain", ""), ("swapped", "--blocks_to_swap 2")):
+        two_processes(models, dataset, tmp_path / name, f"--max_train_steps 3 --gradient_checkpointing {swap}")
+    plain, swapped = (load_file(tmp_path / name / "name-of-lora.safetensors") for name in ("plain", "swapped"))
+    assert all(torch.equal(plain[key], swapped[key]) for key in plain)
 
 
 def test_wrong_options_end_in_one_line_before_the_model_loads(train):
