@@ -222,7 +222,7 @@ class Ring:
         self._by_address = {slot.data.untyped_storage().data_ptr(): i for i, slot in enumerate(self.slots)}
         self._held: list[int | None] = [None] * slots  # the rank in each slot
         self._copies: list[Any] = [None] * slots
-        self._last: tuple[int, bool] | None = None  # rank and direction
+        self._last: int | None = None  # the rank in use
 
     def record(self, forward: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
         """Return what the model computes, its backward pass being told to find streamed weights by rank.
@@ -236,24 +236,23 @@ class Ring:
         """Return what a block computes."""
         # Where autograd looks on, a block that is not after the last one is being computed again in the backward pass,
         # or is the first of a new pass, before which nothing else needs to be fetched.
-        backward = torch.is_grad_enabled() and self._last is not None and rank <= self._last[0]
+        backward = torch.is_grad_enabled() and self._last is not None and rank <= self._last
         self.use(rank, backward)
         return forward(*args, **named)
 
     def use(self, rank: int, backward: bool = False) -> Tensor:
         """Return the slot that a block's weights are in, and have those that come next on their way."""
-        if self._last != (rank, backward):
+        if rank != self._last:
             upcoming = self._upcoming(rank, backward)
             for near in upcoming:
                 if near not in self._held:
                     self._load(near, upcoming)
             if self._last is not None:
-                last, _ = self._last
-                self.homes[last].show(self.tensors[last])
+                self.homes[self._last].show(self.tensors[self._last])
             slot = self._held.index(rank)
             self.device.wait(self._copies[slot])
             self.slots[slot].show(self.tensors[rank])
-            self._last = rank, backward
+            self._last = rank
         return self.slots[self._held.index(rank)].data
 
     def _upcoming(self, rank: int, backward: bool) -> Collection[int]:
