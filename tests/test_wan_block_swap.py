@@ -1,5 +1,8 @@
 """Block swap on doubles of the device: the same bits as without it, and how many bytes travel when."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,6 +158,16 @@ def test_tensors_keep_their_names_and_values_and_belong_to_main_memory_once_the_
     slots = {slot.data.data_ptr() for slot in ring.slots}
     visiting = [name for name, tensor in after.items() if tensor.untyped_storage().data_ptr() in slots]
     assert {name.split(".")[1] for name in visiting} == {"3"}
+
+
+def test_a_model_goes_when_nobody_needs_it_even_if_a_backward_pass_never_came(load):
+    model = load()
+    ring = swapped_blocks(model, 3, 2, Counting())
+    model(**{**random_inputs(model), "x": random_inputs(model)["x"].requires_grad_()})
+    gone = weakref.ref(model), weakref.ref(ring)
+    del model, ring
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------------ the schedule

@@ -278,7 +278,7 @@ class Ring:
     def _packed(self, tensor: Tensor) -> Tensor | Streamed:
         slot = self._by_address.get(tensor.untyped_storage().data_ptr())
         if slot is None:
-            return tensor
+            return tensor.detach()  # with its history it would keep itself alive if the backward pass never came
         return Streamed(self._held[slot], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _found(self, saved: Tensor | Streamed) -> Tensor:
