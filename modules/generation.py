@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dataset.media import MediaError, decoded_frames, load_image, resize_to_bucket
 from modules.caching import as_pixels, load_text_encoder
-from modules.guidance import CFG_SKIP_MODES, SLG_MODES, Scale, guidance_pattern, guided
+from modules.guidance import CFG_SKIP_MODES, SLG_MODES, Scale, guidance_pattern, guided, predictions, scale_at
 from modules.outputs import LATENT_CHANNELS, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.solvers import SOLVERS, Step, Velocity, sample
@@ -38,7 +38,7 @@ from wan.conditioning import (
 )
 from wan.configs import WanConfig
 from wan.loading import DitOptions, dit_dtype, load_dit
-from wan.model import Context, WanModel
+from wan.model import WanModel
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, load_vae
 
@@ -219,24 +219,34 @@ def denoise(
 ) -> Tensor:
     """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes."""
 
-    contexts: dict[int, Context] = {}  # by the text's identity: the skipped prediction shares the negative one's
-
-    def predicting(text: Tensor | None, skip_blocks: tuple[int, ...] = ()) -> Velocity:
+    def predicting(name: str) -> Velocity:
         def velocity(x: Tensor, step: Step) -> Tensor:
-            if id(text) not in contexts:
-                contexts[id(text)] = dit.context([text], features, reused=True)
-            timestep = torch.tensor([step.timestep], device=x.device)
-            return dit(x, timestep, contexts[id(text)], y=y, skip_blocks=skip_blocks)
+            if name == "conditional":  # which every step asks for first: the time to compute all that it will ask for
+                timestep = torch.tensor([step.timestep], device=x.device)
+                names = predictions(pattern[step.index], scale_at(scale, step))
+                velocities = dit.velocities(x, timestep, [passes[name] for name in names])
+                computed.update(zip(names, velocities, strict=True))
+            return computed.pop(name)
 
         return velocity
 
     y = None if condition.y is None else condition.y[None].to(noise.device)
     features = None if condition.image_features is None else condition.image_features.to(noise.device)
+    prompt, negative = (
+        None if text is None else dit.context([text], features, reused=True) for text in (texts.prompt, texts.negative)
+    )
+    passes = {
+        "conditional": {"text": prompt, "y": y},
+        "unconditional": {"text": negative, "y": y},
+        "skipped": {"text": negative, "y": y, "skip_blocks": skipped_blocks(sampling)},
+    }
+    computed: dict[str, Tensor] = {}
+    pattern = pattern_of(steps, sampling)
     velocity = guided(
-        pattern_of(steps, sampling),
-        conditional=predicting(texts.prompt),
-        unconditional=predicting(texts.negative),
-        skipped=predicting(texts.negative, skipped_blocks(sampling)),
+        pattern,
+        conditional=predicting("conditional"),
+        unconditional=predicting("unconditional"),
+        skipped=predicting("skipped"),
         scale=scale,
         slg_scale=sampling.slg_scale,
     )

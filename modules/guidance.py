@@ -52,11 +52,21 @@ def guidance_pattern(
     return "".join((skipping if start <= i < end else "G") if on else "C" for i, on in enumerate(applied))
 
 
+def predictions(letter: str, weight: float) -> tuple[str, ...]:
+    """Return what a step of this letter asks for at this scale: "conditional" first, "unconditional", "skipped"."""
+    compared = {"C": (), "G": ("unconditional",), "S": ("unconditional",), "U": ("skipped",)}[letter]
+    return ("conditional", *(compared if weight != 1 else ()), *(("skipped",) if letter == "S" else ()))
+
+
+def scale_at(scale: Scale, step: Step) -> float:
+    return scale(step) if callable(scale) else scale
+
+
 def classifier_free(conditional: Velocity, unconditional: Velocity, scale: Scale) -> Velocity:
     """Return v_u + scale (v_c - v_u) (arXiv:2207.12598); at scale 1 that is v_c, and v_u is never computed."""
 
     def velocity(x: Tensor, step: Step) -> Tensor:
-        weight = scale(step) if callable(scale) else scale
+        weight = scale_at(scale, step)
         wanted = conditional(x, step)
         if weight == 1:
             return wanted

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from modules.guidance import CFG_SKIP_MODES, cfg_steps, classifier_free, guidance_pattern, guided
+from modules.guidance import CFG_SKIP_MODES, cfg_steps, classifier_free, guidance_pattern, guided, predictions
 from modules.solvers import Step
 
 ARGUMENTS = ("steps", "cfg_skip_mode", "cfg_apply_ratio", "slg_mode", "slg_start", "slg_end")
@@ -67,6 +67,15 @@ def test_skip_layer_guidance_adds_its_own_difference_or_takes_the_place_of_the_u
     assert run("S", 4.0, slg_scale=3.0) == (2 + 4 * (5 - 2) + 3 * (5 - 1), [1, 1, 1])
     assert run("S", 1.0, slg_scale=3.0) == (5 + 3 * (5 - 1), [1, 0, 1])
     assert run("U", 4.0) == (1 + 4 * (5 - 1), [1, 0, 1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("letter", "CGSU")
+def test_what_a_step_asks_for_is_known_beforehand(letter, scale):
+    _, calls = run(letter, scale)
+    asked = predictions(letter, scale)
+    assert asked[0] == "conditional" and len(set(asked)) == len(asked)
+    assert [asked.count(name) for name in ("conditional", "unconditional", "skipped")] == calls
 
 
 def test_the_scale_may_depend_on_the_step():

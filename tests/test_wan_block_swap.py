@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import tiny
-from tests.test_wan_model import random_inputs, trained_gradients
+from tests.test_wan_model import model_of, random_inputs, trained_gradients
 from utils.errors import UserError
 from utils.safetensors_io import save_file_atomically
 from wan.block_swap import CpuDevice, CudaDevice, Ring, SwapOptions, check_swap, stream_blocks, streamed_blocks
@@ -73,6 +73,14 @@ HOW = [("float32", Counting), ("float32", Late), ("fp8", Late), ("fp8_scaled", L
 
 def swapped_blocks(model: WanModel, swapped: int, slots: int, device: CpuDevice) -> Ring:
     return stream_blocks(model, streamed_blocks(len(model.blocks), swapped), slots, device)
+
+
+def guided_inputs(model: WanModel, **sizes) -> tuple[Tensor, Tensor, list[dict]]:
+    """Return noisy latents, a timestep, and the conditions of a conditional, an unconditional and a skipping pass."""
+    given = random_inputs(model, **sizes)
+    x, timestep = given.pop("x"), given.pop("timestep")
+    passes = [{**given, "text": random_inputs(model, rows=(rows,))["text"]} for rows in (9, 70)]
+    return x, timestep, [*passes, {**passes[1], "skip_blocks": (0, 2)}]
 
 
 def detach_branches(model: WanModel) -> None:
@@ -216,15 +224,44 @@ def test_traffic_is_two_copies_a_block_and_step_but_for_those_that_stay(load, sw
     assert device.bytes_on_device == slots * ring.block_bytes
 
 
-def test_a_guided_step_moves_at_most_half_of_what_an_exchange_both_ways_moves(load):
-    model, device = load(), Counting()
-    ring = swapped_blocks(model, BLOCKS, 2, device)
-    given = random_inputs(model)
-    with torch.inference_mode():
-        for _ in range(10 * 2):  # ten steps, each with and without the prompt
-            model(**given)
-    exchange = 4 * BLOCKS * ring.block_bytes
-    assert device.bytes_copied / 10 <= 0.5 * exchange + ring.block_bytes
+@pytest.mark.parametrize(("height", "share"), [(6, 1 / 4), (200, 1 / 2)])
+@torch.inference_mode()
+def test_a_guided_step_moves_a_share_of_what_an_exchange_both_ways_moves(load, height, share):
+    with torch.inference_mode(False):
+        model, device = load("fp8"), Counting()
+        ring = swapped_blocks(model, BLOCKS, 1, device)
+    x, timestep, passes = guided_inputs(model, grid=(3, height, 8))
+    assert (model.token_bytes(x) > ring.block_bytes) == (share == 1 / 2)
+    for _ in range(5):
+        model.velocities(x, timestep, passes[:2])
+    exchange = 4 * BLOCKS * ring.block_bytes  # each block there and back, with and without the prompt
+    assert device.bytes_copied / 5 == share * exchange
+
+
+@pytest.mark.parametrize("kind", ["dit_t2v", "dit_i2v"])
+@torch.inference_mode()
+def test_passes_that_take_turns_give_the_same_bits_as_one_after_the_other(kind):
+    plain = model_of(kind, blocks=BLOCKS)
+    inputs = guided_inputs(plain)
+    want = plain.velocities(*inputs)
+    for swapped, slots in EVERY_WAY:
+        with torch.inference_mode(False):
+            model, device = model_of(kind, blocks=BLOCKS), Late()
+            swapped_blocks(model, swapped, slots, device)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(model.velocities(*inputs), want, strict=True))
+        assert len(device.order) <= 2 * swapped + slots - 1
+
+
+def test_passes_one_after_the_other_have_gradients(load):
+    model, plain = load(), load()
+    swapped_blocks(model, BLOCKS, 1, Counting())
+    gradients = []
+    for each in (plain, model):
+        x, *others = guided_inputs(each)
+        sum(velocity.square().sum() for velocity in each.velocities(x.requires_grad_(), *others)).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 def test_a_block_takes_the_bytes_of_its_weights(load):

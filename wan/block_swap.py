@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.options import option
+from wan.model import WanModel
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +62,17 @@ def streamed_blocks(blocks: int, swapped: int) -> list[int]:
     return [(2 * i + 1) * blocks // (2 * swapped) for i in range(swapped)]
 
 
-def stream_blocks(model: nn.Module, numbers: Sequence[int], slots: int, device: "Device") -> "Ring":
-    """Make the model hold the weights of these of its `blocks`, which are frozen, in main memory; return their ring.
+def stream_blocks(model: WanModel, numbers: Sequence[int], slots: int, device: "Device") -> "Ring":
+    """Make the model hold the weights of the blocks with these numbers in main memory; return their ring.
 
-    The blocks may be on any device. Names, outputs and gradients stay the same.
+    The blocks are frozen, and may be on any device. Names, outputs and gradients stay the same.
     """
     blocks = [model.blocks[number] for number in numbers]
     ring = Ring(blocks, slots, device)
     for rank, block in enumerate(blocks):
         block.forward = partial(ring.run, rank, block.forward)
     model.forward = partial(ring.record, model.forward)
+    model.velocities = partial(ring.velocities, model)
     saved = (len(blocks) - slots) * ring.block_bytes / _GIB
     logger.info(
         "block swap: %d of %d blocks (%.2f GiB each) in main memory, %d of them on the device at a time: %.2f GiB less",
@@ -240,6 +242,26 @@ class Ring:
         self.use(rank, backward)
         return forward(*args, **named)
 
+    def velocities(
+        self, model: WanModel, x: Tensor, timestep: Tensor, passes: Sequence[Mapping[str, Any]]
+    ) -> list[Tensor]:
+        """Return what WanModel.velocities() does, the passes taking turns, so that a block is copied once for all.
+
+        Not where the tokens that wait would take more memory than a block: so many hide the copies anyway.
+        """
+        waiting = (len(passes) - 1) * model.token_bytes(x)
+        if torch.is_grad_enabled() or waiting > self.block_bytes:
+            return [model(x, timestep, **conditions) for conditions in passes]
+        skipped = [conditions.get("skip_blocks", ()) for conditions in passes]
+        seen = [{name: value for name, value in each.items() if name != "skip_blocks"} for each in passes]
+        begun = [model.embed(x, timestep, **conditions) for conditions in seen]
+        tokens, contexts, finish = map(list, zip(*begun, strict=True))
+        for number, block in enumerate(model.blocks):
+            for i, context in enumerate(contexts):
+                if number not in skipped[i]:
+                    tokens[i] = block(tokens[i], *context)
+        return [end(out) for end, out in zip(finish, tokens, strict=True)]
+
     def use(self, rank: int, backward: bool = False) -> Tensor:
         """Return the slot that a block's weights are in, and have those that come next on their way."""
         if rank != self._last:
@@ -258,7 +280,7 @@ class Ring:
     def _upcoming(self, rank: int, backward: bool) -> Collection[int]:
         """Return the ranks that belong into the ring, this one first.
 
-        Where a backward pass will come, the last ones of the forward pass stay for it, and its last for the next step.
+        Where a backward pass will come, the last of the forward pass stay for it, and its last for the next step.
         """
         count = len(self.slots)
         if backward:

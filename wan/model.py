@@ -1,9 +1,10 @@
 """The DiT: noisy latents, how noisy they are, and what they should show > velocity."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,33 @@ class WanModel(nn.Module):
         frame_indices: for each video the temporal position of each of its F frames, instead of 0 to F-1.
         skip_blocks: numbers of the blocks to leave out, for skip-layer guidance.
         """
+        tokens, context, finish = self.embed(x, timestep, text, y, image_features, frame_indices)
+        for number, block in enumerate(self.blocks):
+            if number in skip_blocks:
+                continue
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, *context, use_reentrant=False)
+            else:
+                tokens = block(tokens, *context)
+        return finish(tokens)
+
+    def velocities(self, x: Tensor, timestep: Tensor, passes: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """Return the velocities [B 16 F H W] of several passes; each is the other arguments of forward() by name."""
+        return [self(x, timestep, **conditions) for conditions in passes]
+
+    def embed(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Sequence[Tensor] | Context,
+        y: Tensor | None = None,
+        image_features: Tensor | None = None,
+        frame_indices: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Tensor, tuple, Callable[[Tensor], Tensor]]:
+        """Return the tokens [B L D] to go through the blocks, what each block sees besides, and what ends the pass.
+
+        Arguments and the result of the ending are those of forward().
+        """
         x = x if y is None else torch.cat([x, y.to(x)], dim=1)
         channels = self.shape.in_channels
         assert x.shape[1] == channels, f"{x.shape[1]} channels of latents and conditions, the model takes {channels}"
@@ -109,15 +137,16 @@ class WanModel(nn.Module):
         modulation = rearrange(self.time_projection(time), "b (six d) -> six b d", six=6)
         context = text if isinstance(text, Context) else self.context(text, image_features)
         rope = self.rope(grid, frame_indices, x.device)
-        for number, block in enumerate(self.blocks):
-            if number in skip_blocks:
-                continue
-            arguments = (tokens, modulation, rope, context, self.attn_mode, self.split_attn)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                tokens = block(*arguments)
-        return self.unpatchify(self.head(tokens, time), grid)
+
+        def finish(tokens: Tensor) -> Tensor:
+            return self.unpatchify(self.head(tokens, time), grid)
+
+        return tokens, (modulation, rope, context, self.attn_mode, self.split_attn), finish
+
+    def token_bytes(self, x: Tensor) -> int:
+        """Return how many bytes the residual stream [B L D] of noisy latents x [B 16 F H W] takes."""
+        tokens = len(x) * math.prod(x.shape[2:]) // math.prod(self.shape.patch)
+        return tokens * self.shape.dim * torch.float32.itemsize
 
     def context(self, text: Sequence[Tensor], image_features: Tensor | None = None, reused: bool = False) -> Context:
         """Return what forward() makes of text and image_features, to give it in place of the text.
