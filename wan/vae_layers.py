@@ -49,9 +49,11 @@ class CausalConv3d(nn.Conv3d):
         past = cache.take(self, x.device)
         known = x if past is None else torch.cat([past, x], dim=2)
         cache.keep(self, known[:, :, -self.memory :])
-        if known.shape[2] == 1:
-            # Before a video's first frame are only zeros, so only the last tap counts: 2-D, and several times faster.
-            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+        if x.shape[2] == 1:
+            # One frame out: the frames it sees are channels of a 2-D convolution, which is faster. Before a video's
+            # first frame are only zeros, so the taps that would fall there are left out.
+            taps = self.weight[:, :, -known.shape[2] :].flatten(1, 2)
+            y = F.conv2d(known.flatten(1, 2), taps, self.bias, padding=self.padding[1:])
             return rearrange(y, "b c h w -> b c 1 h w")
         zeros = self.memory + x.shape[2] - known.shape[2]
         return super().forward(F.pad(known, (0, 0, 0, 0, zeros, 0)) if zeros else known)
