@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import re
 
@@ -173,6 +174,16 @@ def test_chunks_give_what_the_whole_video_at_once_gives(vae, frames):
         decoder, whole_conv(vae.conv2, latents * std + mean), (*decoder.middle, *decoder.upsamples)
     ).clamp(-1, 1)
     assert error(vae.decode(latents), whole) < 1e-5
+
+
+@torch.no_grad()
+def test_doubling_and_convolving_at_once_gives_what_one_after_the_other_gives(vae):
+    for layer in vae.decoder.upsamples:
+        if isinstance(layer, vae_layers.Upsample):
+            x = torch.randn(2, layer.resample["1"].in_channels, 1, 5, 6, generator=torch.Generator().manual_seed(0))
+            assert error(layer(x, vae_layers.FrameCache()), whole_layer(layer, x)) < 1e-6
+            layer, x = copy.deepcopy(layer).bfloat16(), x.bfloat16()
+            assert torch.equal(layer(x, vae_layers.FrameCache()), whole_layer(layer, x))
 
 
 # ---------------------------------------------------------------------------------------------------- properties
