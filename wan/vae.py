@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from utils.devices import dtype_name, parse_dtype
 from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
-from wan.vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, FrameCache, ResidualBlock, Upsample
+from wan.vae_layers import AttentionBlock, CausalConv3d, Downsample, FrameCache, Head, ResidualBlock, Upsample
 from wan.weights import InMemory, Weights, check_names, describe, place, shapes_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,14 +89,14 @@ class Encoder(nn.Module):
                 layers.append(Downsample(channels, shape.in_time[level]))
         self.downsamples = nn.ModuleList(layers)
         self.middle = _middle(channels)
-        self.head = _head(channels, 2 * shape.latent_channels)
+        self.head = Head(channels, 2 * shape.latent_channels)
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         """x [B 3 f H W], f = 1 or 4 > [B 2z 1 H/8 W/8]."""
         x = self.conv1(x, cache)
-        for layer in (*self.downsamples, *self.middle):
+        for layer in (*self.downsamples, *self.middle, self.head):
             x = layer(x, cache)
-        return self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+        return x
 
 
 class Decoder(nn.Module):
@@ -117,24 +116,20 @@ class Decoder(nn.Module):
                 layers.append(Upsample(channels, shape.in_time[level - 1]))
                 channels //= 2
         self.upsamples = nn.ModuleList(layers)
-        self.head = _head(channels, 3)
+        self.head = Head(channels, 3)
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         """x [B z 1 h w] > [B 3 f 8h 8w]: f = 1 in the first chunk, 4 in the others."""
         x = self.conv1(x, cache)
-        for layer in (*self.middle, *self.upsamples):
+        for layer in (*self.middle, *self.upsamples, self.head):
             x = layer(x, cache)
-        return self.head["2"](F.silu(self.head["0"](x), inplace=True), cache)
+        return x
 
 
 def _middle(channels: int) -> nn.ModuleList:
     return nn.ModuleList(
         [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
     )
-
-
-def _head(channels: int, outputs: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": ChannelNorm(channels, axes=3), "2": CausalConv3d(channels, outputs, (3, 3, 3))})
 
 
 class WanVAE(nn.Module):

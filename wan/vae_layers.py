@@ -44,19 +44,40 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         """x [B C f H W] > [B C' f H W]."""
-        if self.memory == 0:
-            return super().forward(x)
+        return super().forward(x) if self.memory == 0 else self.convolve(self.gather(x, cache))
+
+    def gather(self, x: Tensor, cache: FrameCache, norm: "ChannelNorm | None" = None) -> Tensor:
+        """Return what the convolution sees [B C F H W]: earlier frames, then x [B C f H W] or silu(norm(x)).
+
+        All in one buffer. It is a step of its own so that x may go before convolve() makes the result.
+        """
         past = cache.take(self, x.device)
-        known = x if past is None else torch.cat([past, x], dim=2)
+        batch, channels, frames, height, width = x.shape
+        before = 0 if past is None else past.shape[2]
+        # Before a video's first frame are only zeros. A single frame does without them: see convolve().
+        zeros = 0 if frames == 1 else self.memory - before
+        known = x.new_empty(batch, channels, zeros + before + frames, height, width)
+        known[:, :, :zeros] = 0
+        if past is not None:
+            known[:, :, zeros : zeros + before] = past
+            del past  # before keep() makes the next one
+        now = known[:, :, zeros + before :]
+        if norm is None:
+            now.copy_(x)
+        else:
+            F.silu(norm(x, out=now), inplace=True)
         cache.keep(self, known[:, :, -self.memory :])
-        if x.shape[2] == 1:
-            # One frame out: the frames it sees are channels of a 2-D convolution, which is faster. Before a video's
-            # first frame are only zeros, so the taps that would fall there are left out.
-            taps = self.weight[:, :, -known.shape[2] :].flatten(1, 2)
-            y = F.conv2d(known.flatten(1, 2), taps, self.bias, padding=self.padding[1:])
-            return rearrange(y, "b c h w -> b c 1 h w")
-        zeros = self.memory + x.shape[2] - known.shape[2]
-        return super().forward(F.pad(known, (0, 0, 0, 0, zeros, 0)) if zeros else known)
+        return known
+
+    def convolve(self, known: Tensor) -> Tensor:
+        """known [B C F H W], from gather() > [B C' f H W]."""
+        if known.shape[2] > self.memory + 1:
+            return super().forward(known)
+        # One frame comes out: the frames it sees are channels of a 2-D convolution, which is faster. The taps of frames
+        # before the first are left out.
+        taps = self.weight[:, :, -known.shape[2] :].flatten(1, 2)
+        y = F.conv2d(known.flatten(1, 2), taps, self.bias, padding=self.padding[1:])
+        return rearrange(y, "b c h w -> b c 1 h w")
 
 
 class ChannelNorm(nn.Module):
@@ -66,15 +87,15 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B C ...] > the same shape."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [B C ...] > the same shape; out: where to write it."""
         if x.dtype == torch.float32:  # several times faster on a CPU than vector_norm
             norm = x.square().sum(dim=1, keepdim=True).sqrt_().clamp_min_(1e-12)
         else:  # squares would overflow in float16; this sums in float32 without a float32 copy of x
             norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
         # The upper limit keeps black pixels at 0 in float16, where 0 times infinity would be NaN.
         scale = (math.sqrt(x.shape[1]) / norm).clamp_max(torch.finfo(x.dtype).max).to(x.dtype)
-        return (x * scale).mul_(self.gamma)
+        return torch.mul(x, scale, out=out).mul_(self.gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -95,9 +116,22 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         """x [B C f H W] > [B C' f H W]."""
-        y = self.residual["2"](F.silu(self.residual["0"](x), inplace=True), cache)
-        y = self.residual["6"](F.silu(self.residual["3"](y), inplace=True), cache)
+        y = self.residual["2"].convolve(self.residual["2"].gather(x, cache, norm=self.residual["0"]))
+        known = self.residual["6"].gather(y, cache, norm=self.residual["3"])
+        del y  # a gigabyte at high resolution, and not needed any more
+        y = self.residual["6"].convolve(known)
         return y.add_(x if self.shortcut is None else self.shortcut(x, cache))
+
+
+class Head(nn.ModuleDict):
+    """conv(silu(norm(x))) at the end of encoder and decoder."""
+
+    def __init__(self, channels: int, outputs: int):
+        super().__init__({"0": ChannelNorm(channels, axes=3), "2": CausalConv3d(channels, outputs, (3, 3, 3))})
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        """x [B C f H W] > [B C' f H W]."""
+        return self["2"].convolve(self["2"].gather(x, cache, norm=self["0"]))
 
 
 class AttentionBlock(nn.Module):
