@@ -105,7 +105,7 @@ def load_latent_encoders(
     dtype: of the VAE on a GPU; a CPU computes in float32, where it is faster than in 16 bits.
     """
     computing = torch.float32 if device.type == "cpu" else dtype
-    loaded_vae = load_vae(vae.vae, computing, device, cache_cpu=vae.vae_cache_cpu)
+    loaded_vae = load_vae(vae.vae, computing, device, vae.vae_cache_cpu, vae.tile)
     return LatentEncoders(
         vae=loaded_vae,
         clip=load_clip(clip.clip, compute_dtype(torch.float16, device), device) if clip.clip else None,

@@ -134,7 +134,7 @@ class Models:
 
     def load_vae(self) -> WanVAE:
         dtype = parse_dtype(self.vae.vae_dtype) if self.vae.vae_dtype else compute_dtype(torch.bfloat16, self.device)
-        return load_vae(self.vae.vae, dtype, self.device, self.vae.vae_cache_cpu)
+        return load_vae(self.vae.vae, dtype, self.device, self.vae.vae_cache_cpu, self.vae.tile)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 import copy
 import hashlib
 import re
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from utils.errors import UserError
@@ -223,6 +225,100 @@ def test_frames_wait_on_their_device_or_are_brought_to_main_memory(vae):
     assert cache.take(vae.encoder.conv1, frames.device).device.type == "meta"
     with pytest.raises(NotImplementedError, match="meta"):
         vae_layers.FrameCache(in_main_memory=True).keep(vae.encoder.conv1, frames)
+
+
+# ---------------------------------------------------------------------------------------------------------- tiles
+@pytest.mark.parametrize(
+    ("sizes", "frames", "height", "width", "tile"),
+    [
+        ({}, 9, 40, 104, 32),  # 2 x 4 tiles at full resolution, 1 x 2 at half
+        ({}, 1, 136, 72, 34),
+        ({"residuals": 1, "levels": (8, 16, 16), "in_time": (True, True)}, 5, 44, 36, 32),
+        ({"residuals": 3}, 5, 56, 64, 36),
+    ],
+)
+def test_tiles_give_what_whole_frames_give(sizes, frames, height, width, tile):
+    vae = random_vae(**sizes)
+    generator = torch.Generator().manual_seed(tile)
+    pixels = torch.rand(2, 3, frames, height, width, generator=generator) * 2 - 1
+    latents = vae.encode(pixels)
+    decoded = vae.decode(latents)
+    vae.tile = tile
+    assert error(vae.encode(pixels), latents) < 2e-6
+    torch.testing.assert_close(vae.encode(pixels), latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae.decode(latents), decoded, rtol=0, atol=1e-5)
+    in_tiles = vae.decode(latents)
+    vae.cache_cpu = True
+    assert torch.equal(vae.decode(latents), in_tiles)
+
+
+def test_a_tile_sees_as_far_as_its_layers():
+    vae = random_vae()
+    assert [vae_layers.reach(stage) for stage in vae.encoder.stages()[:-1]] == [6, 6, 6]
+    assert [vae_layers.reach(stage) for stage in vae.decoder.stages()[1:]] == [8, 8, 8]
+    assert vae_layers.cuts(100, 32) == [range(0, 24), range(24, 50), range(50, 74), range(74, 100)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, without those of a model's weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {weight.untyped_storage()._cdata for weight in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return result
+
+    def gone(self, storage, size):
+        self.known.remove(storage)
+        self.now -= size
+
+
+@pytest.mark.parametrize("tile", [None, 256])
+@pytest.mark.parametrize("frames", [1, 9])
+def test_the_estimate_of_memory_covers_the_tensors_of_the_published_vae(frames, tile, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))  # as the kernels do
+    with torch.device("meta"):  # tensors without memory
+        vae = WanVAE(VaeShape(), tile=tile or 1024).to(torch.bfloat16)
+        pixels, latents = torch.empty(1, 3, frames, 480, 832), torch.empty(1, 16, (frames + 3) // 4, 60, 104)
+    for coder, run in ((vae.encoder, lambda: vae.encode(pixels)), (vae.decoder, lambda: [*vae.decode_chunks(latents)])):
+        with LiveBytes(vae) as live:
+            run()
+        estimate = vae.peak_bytes(coder, 1, frames, 480, 832, tile)
+        assert live.peak < estimate < 2.5 * live.peak, (live.peak, estimate)
+
+
+def test_tiles_come_by_themselves_where_memory_is_short_and_are_told_of_once(vae, video, monkeypatch, caplog):
+    video = video.repeat(1, 1, 1, 4, 4)
+    latents, told = vae.encode(video), []
+    monkeypatch.setattr("wan.vae.SMALLER_TILES", (32, 16))
+    whole = vae.peak_bytes(vae.encoder, 1, 9, 64, 96)
+    for free in (whole, whole - 1, 0):
+        monkeypatch.setattr("wan.vae.free_memory", lambda device, free=free: free)
+        caplog.clear()
+        with caplog.at_level("INFO", "wan.vae"):
+            for _ in range(2):
+                assert error(vae.encode(video), latents) < 2e-6
+        told.append([message.split(":")[0] for message in caplog.messages])
+    assert told == [[], ["encoding 96x64 in tiles of 32 pixels"], ["encoding 96x64 in tiles of 16 pixels"]]
+
+
+def test_tiles_are_asked_for_by_an_option_or_by_their_size():
+    def tile(*argv):
+        return parse_options("", VaeOptions, argv=argv)[0].tile
+
+    assert (tile(), tile("--vae_tiling"), tile("--vae_spatial_tile_sample_min_size", "384")) == (None, 256, 384)
+    with pytest.raises(
+        UserError, match="--vae_spatial_tile_sample_min_size.*even number of pixels, 32 or more, not 33"
+    ):
+        tile("--vae_spatial_tile_sample_min_size", "33")
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import gc
 
+import psutil
 import torch
 
 from utils.errors import UserError
@@ -66,3 +67,12 @@ def release_memory(device: torch.device | str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Return the bytes that tensors on a device can still take; anywhere but on a GPU that is main memory."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,8 +1,11 @@
 """The Wan2.1 VAE: videos to latents, 8 x 8 pixels and 4 frames to one, and back.
 
-Both directions run chunk by chunk, one latent frame at a time, and give what the whole video at once would give.
+Both directions run chunk by chunk, one latent frame at a time, and give what the whole video at once would give. Where
+memory is short, all but the smallest size runs in tiles, which changes no more than the rounding.
 """
 
+import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +15,24 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from utils.devices import dtype_name, parse_dtype
+from utils.devices import dtype_name, free_memory, parse_dtype
 from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
-from wan.vae_layers import AttentionBlock, CausalConv3d, Downsample, FrameCache, Head, ResidualBlock, Upsample
+from wan.vae_layers import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    FrameCache,
+    Head,
+    ResidualBlock,
+    Upsample,
+    in_tiles,
+    reach,
+)
 from wan.weights import InMemory, Weights, check_names, describe, place, shapes_of
+
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LATENT_MEAN = (
@@ -29,6 +44,12 @@ LATENT_STD = (
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
 
+TILE = 256  # pixels a side, where tiles are asked for and no size is
+SMALLER_TILES = (512, 256, 128)  # where memory is short: the largest that fits
+# Memory that a level takes at most while it is computed, in sizes of its frames: 3.5 as tensors (counted), and as much
+# as a convolution's input and output again, 2.5, for kernels that want them in another layout.
+WORKING_COPIES = 6.0
+
 
 def _vae_dtype(name: str) -> str:
     try:
@@ -38,6 +59,13 @@ def _vae_dtype(name: str) -> str:
     if dtype not in DTYPES:
         raise ValueError(f"the VAE computes in bf16, fp16 or fp32, not in {name}")
     return name
+
+
+def _tile(text: str) -> int:
+    pixels = int(text)
+    if pixels < 32 or pixels % 2:
+        raise ValueError(f"tiles need an even number of pixels, 32 or more, not {pixels}")
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -51,6 +79,17 @@ class VaeOptions:
     vae_cache_cpu: bool = option(
         False, "keep the VAE's memory of earlier frames in main memory: saves about 1 to 4 GB of VRAM, costs time"
     )
+    vae_tiling: bool = option(
+        False, "compute the VAE's large sizes in tiles: the same result, less memory; without it where memory is short"
+    )
+    vae_spatial_tile_sample_min_size: int | None = option(
+        None, f"pixels of a tile each way, an even number; turns --vae_tiling on (default: {TILE})", parse=_tile
+    )
+
+    @property
+    def tile(self) -> int | None:
+        """Pixels of a tile each way; None: tiles only where memory is short."""
+        return self.vae_spatial_tile_sample_min_size or (TILE if self.vae_tiling else None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +113,44 @@ class VaeShape:
         return 2 ** sum(self.in_time)
 
 
-class Encoder(nn.Module):
+class Coder(nn.Module):
+    """What encoder and decoder have in common: layers that run one after the other on a chunk of frames."""
+
+    def stages(self) -> list[list[nn.Module]]:
+        """Return the layers in order, in groups: those of one size in pixels and the layer that changes it."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cache: FrameCache, tile: int | None = None) -> Tensor:
+        """Encoder: x [B 3 f H W], f = 1 or 4 > [B 2z 1 H/8 W/8]. Decoder: x [B z 1 h w] > [B 3 f 8h 8w], f alike.
+
+        tile: compute all but the smallest size in tiles of so many pixels a side.
+        """
+        for layers in self.stages():
+            if tile and any(isinstance(layer, Downsample | Upsample) for layer in layers):
+                x = in_tiles(layers, x, cache, tile)
+            else:
+                for layer in layers:
+                    x = layer(x, cache)
+        return x
+
+    def remembered(self, height: int, width: int, margin: float = 1) -> float:
+        """Return about how many values the frame cache holds between two chunks of height x width pixels.
+
+        margin: what the caches of tiles hold, with the pixels around them, in relation to the tiles alone.
+        """
+        values, stages = 0.0, self.stages()
+        for level, layers in enumerate(stages if isinstance(self, Encoder) else reversed(stages)):
+            frames = sum(
+                module.memory * module.in_channels
+                for layer in layers
+                for module in layer.modules()
+                if isinstance(module, CausalConv3d)
+            )
+            values += frames * (height >> level) * (width >> level) * (margin if level < len(stages) - 1 else 1)
+        return values
+
+
+class Encoder(Coder):
     """Pixels to the mean and the logarithm of the variance of latents, one chunk of frames."""
 
     def __init__(self, shape: VaeShape):
@@ -91,15 +167,17 @@ class Encoder(nn.Module):
         self.middle = _middle(channels)
         self.head = Head(channels, 2 * shape.latent_channels)
 
-    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        """x [B 3 f H W], f = 1 or 4 > [B 2z 1 H/8 W/8]."""
-        x = self.conv1(x, cache)
-        for layer in (*self.downsamples, *self.middle, self.head):
-            x = layer(x, cache)
-        return x
+    def stages(self) -> list[list[nn.Module]]:
+        stages: list[list[nn.Module]] = [[self.conv1]]
+        for layer in self.downsamples:
+            stages[-1].append(layer)
+            if isinstance(layer, Downsample):
+                stages.append([])
+        stages[-1] += [*self.middle, self.head]
+        return stages
 
 
-class Decoder(nn.Module):
+class Decoder(Coder):
     """Latents to pixels, one chunk of latent frames."""
 
     def __init__(self, shape: VaeShape):
@@ -118,12 +196,14 @@ class Decoder(nn.Module):
         self.upsamples = nn.ModuleList(layers)
         self.head = Head(channels, 3)
 
-    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        """x [B z 1 h w] > [B 3 f 8h 8w]: f = 1 in the first chunk, 4 in the others."""
-        x = self.conv1(x, cache)
-        for layer in (*self.middle, *self.upsamples, self.head):
-            x = layer(x, cache)
-        return x
+    def stages(self) -> list[list[nn.Module]]:
+        stages: list[list[nn.Module]] = [[self.conv1, *self.middle]]
+        for layer in self.upsamples:
+            if isinstance(layer, Upsample):
+                stages.append([])
+            stages[-1].append(layer)
+        stages[-1].append(self.head)
+        return stages
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -135,12 +215,14 @@ def _middle(channels: int) -> nn.ModuleList:
 class WanVAE(nn.Module):
     """The VAE with weights under their official names; latents leave and enter it normalised per channel.
 
-    cache_cpu: the frame caches wait in main memory.
+    cache_cpu: the frame caches wait in main memory. tile: pixels of a tile each way; None: tiles only where memory is
+    short.
     """
 
-    def __init__(self, shape: VaeShape, cache_cpu: bool = False):
+    def __init__(self, shape: VaeShape, cache_cpu: bool = False, tile: int | None = None):
         super().__init__()
-        self.shape, self.cache_cpu = shape, cache_cpu
+        self.shape, self.cache_cpu, self.tile = shape, cache_cpu, tile
+        self._told: set[tuple] = set()
         self.encoder, self.decoder = Encoder(shape), Decoder(shape)
         self.conv1 = CausalConv3d(2 * shape.latent_channels, 2 * shape.latent_channels, (1, 1, 1))
         self.conv2 = CausalConv3d(shape.latent_channels, shape.latent_channels, (1, 1, 1))
@@ -166,11 +248,14 @@ class WanVAE(nn.Module):
         ends = range(1, frames + 1, length)
         chunks = [pixels[:, :, max(0, end - length) : end] for end in ends]
         mean, std = self._statistics(pixels.device)
-        latents = []
-        for chunk, cache in self._with_cache(chunks):
-            x = self.conv1(self.encoder(chunk.to(self.device, self.dtype), cache), cache)
-            latents.append(x.chunk(2, dim=1)[0].to(pixels.device, torch.float32))
-        return (torch.cat(latents, dim=2) - mean) / std
+        tile = self.tile or self._tile_that_fits(self.encoder, pixels.shape[0], frames, height, width)
+        latents = pixels.new_empty(
+            (len(pixels), self.shape.latent_channels, len(chunks), height // scale, width // scale), dtype=torch.float32
+        )
+        for i, (chunk, cache) in enumerate(self._with_cache(chunks)):
+            x = self.conv1(self.encoder(chunk.to(self.device, self.dtype), cache, tile), cache)
+            latents[:, :, i : i + 1] = x.chunk(2, dim=1)[0]
+        return latents.sub_(mean).div_(std)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the videos [B 3 4f-3 8h 8w] of normalised latents [B z f h w], float32 in [-1, 1], on their device."""
@@ -188,10 +273,55 @@ class WanVAE(nn.Module):
         assert latents.shape[1] == self.shape.latent_channels and latents.numel() > 0, tuple(latents.shape)
         mean, std = self._statistics(latents.device)
         x = latents.float() * std + mean
+        batch, _, count, height, width = latents.shape
+        scale, frames = self.shape.pixels_per_latent, self.shape.frames_per_latent * (count - 1) + 1
+        tile = self.tile or self._tile_that_fits(self.decoder, batch, frames, scale * height, scale * width)
         for chunk, cache in self._with_cache(x.split(1, dim=2)):
             with torch.no_grad():
-                y = self.decoder(self.conv2(chunk.to(self.device, self.dtype), cache), cache)
+                y = self.decoder(self.conv2(chunk.to(self.device, self.dtype), cache), cache, tile)
             yield y.to(latents.device, torch.float32).clamp_(-1, 1)
+
+    def peak_bytes(
+        self, coder: Encoder | Decoder, batch: int, frames: int, height: int, width: int, tile: int | None = None
+    ) -> int:
+        """Return about how much memory encoding or decoding videos takes beside weights, input and result: no less.
+
+        coder: self.encoder or self.decoder. frames, height, width, tile: in pixels of the video.
+        """
+        shape, chunk = self.shape, min(frames, self.shape.frames_per_latent)
+        largest, margin = 0.0, 1.0
+        for level, channels in enumerate(shape.levels):
+            tall, wide = height >> level, width >> level
+            length = max(1, chunk >> sum(shape.in_time[:level]))
+            copies = WORKING_COPIES * channels * length * tall * wide
+            if tile and level < len(shape.levels) - 1:
+                halo = reach(coder.stages()[level])
+                around = min(tall, tile + 2 * halo) * min(wide, tile + 2 * halo)
+                # Besides one tile's there are the whole frames that the tiles are cut from and put together to.
+                whole = (channels if level else 3) * length + shape.levels[level + 1] * length / 4
+                copies = WORKING_COPIES * channels * length * around + whole * tall * wide
+                overlaps = (-(-tall // tile) - 1, -(-wide // tile) - 1)
+                margin = max(margin, (1 + 2 * halo * overlaps[0] / tall) * (1 + 2 * halo * overlaps[1] / wide))
+            largest = max(largest, copies)
+        if frames > 1 and not self.cache_cpu:
+            largest += coder.remembered(height, width, margin)
+        return math.ceil(batch * largest * self.dtype.itemsize)
+
+    def _tile_that_fits(self, coder: Encoder | Decoder, batch: int, frames: int, height: int, width: int) -> int | None:
+        """Return None where there is memory for whole frames, else the size of tiles to compute, in pixels."""
+        size = batch, frames, height, width
+        free, needed = free_memory(self.device), self.peak_bytes(coder, *size)
+        if needed <= free:
+            return None
+        tile = next((tile for tile in SMALLER_TILES if self.peak_bytes(coder, *size, tile) <= free), SMALLER_TILES[-1])
+        if (coder, *size, tile) not in self._told:
+            self._told.add((coder, *size, tile))
+            logger.info(
+                "%s %dx%d in tiles of %d pixels: whole frames take about %.1f GB, tiles %.1f GB, free are %.1f GB",
+                "encoding" if coder is self.encoder else "decoding",
+                *(width, height, tile, needed / 1e9, self.peak_bytes(coder, *size, tile) / 1e9, free / 1e9),
+            )
+        return tile
 
     def _statistics(self, device: torch.device) -> Iterator[Tensor]:
         """Return mean and deviation [z 1 1 1] of each latent channel, always in float32."""
@@ -210,6 +340,7 @@ def load_vae(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     cache_cpu: bool = False,
+    tile: int | None = None,
     option: str = "--vae",
 ) -> WanVAE:
     """Return the frozen VAE of a .pth or .safetensors file; raises UserError for a file that is something else."""
@@ -219,7 +350,7 @@ def load_vae(
         )
     with open_tensors(path, option, "the weights of the Wan2.1 VAE") as weights:
         vae = _build(weights, f"{option} {path}", dtype, device)
-    vae.cache_cpu = cache_cpu
+    vae.cache_cpu, vae.tile = cache_cpu, tile
     return vae
 
 

@@ -1,10 +1,13 @@
 """Layers of the causal video VAE: what a frame becomes depends on it and on earlier frames only.
 
 A video passes in chunks; between two chunks a FrameCache holds the last input frames of each layer that looks back in
-time. So a video of any length is computed exactly, with the memory of one chunk.
+time. So a video of any length is computed exactly, with the memory of one chunk. Layers that see a few pixels around
+each pixel, all but the attention, can run in tiles as well, with the memory of one tile.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +16,27 @@ from torch import Tensor, nn
 
 
 class FrameCache:
-    """What the layers remember of the earlier chunks of one video, and where in the video the current chunk is.
+    """What the layers remember of the earlier chunks of one video, and which part of the video is computed now.
 
-    in_main_memory: frames wait there instead of on the layers' device.
+    in_main_memory: frames wait there instead of on the layers' device. is_first, is_last: of the chunks; tile: number
+    of the current one.
     """
 
     def __init__(self, in_main_memory: bool = False):
         self.in_main_memory = in_main_memory
-        self.is_first, self.is_last = True, False
-        self._frames: dict[nn.Module, Tensor] = {}
+        self.is_first, self.is_last, self.tile = True, False, 0
+        self._frames: dict[tuple[nn.Module, int], Tensor] = {}
 
     def take(self, layer: nn.Module, device: torch.device) -> Tensor | None:
         """Return the frames [B C f H W] that the layer kept at the previous chunk, or None; they are then forgotten."""
-        frames = self._frames.pop(layer, None)
+        frames = self._frames.pop((layer, self.tile), None)
         return None if frames is None else frames.to(device)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
         """Keep a copy of these frames for the next chunk, if there is one."""
         if not self.is_last:
             # A copy, because a view would hold on to the memory of all frames.
-            self._frames[layer] = frames.to("cpu" if self.in_main_memory else frames.device, copy=True)
+            self._frames[layer, self.tile] = frames.to("cpu" if self.in_main_memory else frames.device, copy=True)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -195,3 +199,53 @@ class Upsample(nn.Module):
         else:
             y = conv(repeat(frames, "n c h w -> n c (h two_h) (w two_w)", two_h=2, two_w=2))
         return rearrange(y, "(b f) c h w -> b c f h w", b=x.shape[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- tiles
+def in_tiles(layers: Sequence[nn.Module], x: Tensor, cache: FrameCache, tile: int) -> Tensor:
+    """Return what the layers make of x, computed in tiles of up to tile x tile pixels: the same up to rounding.
+
+    x [B C f H W]; exactly one of the layers doubles or halves height and width, and none looks farther than reach().
+    tile, and all lengths here, count in pixels of the larger side of the two. Each tile is computed with as many pixels
+    around it as the layers see, and cut out of that.
+    """
+    enlarging = any(isinstance(layer, Upsample) for layer in layers)
+    per_input, per_output = (2, 1) if enlarging else (1, 2)
+    height, width = x.shape[-2] * per_input, x.shape[-1] * per_input
+    halo, y = reach(layers), None
+    for cache.tile, (rows, columns) in enumerate(itertools.product(cuts(height, tile), cuts(width, tile))):
+        top, left = max(0, rows.start - halo), max(0, columns.start - halo)
+        part = x[..., _slice(top, rows.stop + halo, per_input), _slice(left, columns.stop + halo, per_input)]
+        for layer in layers:
+            part = layer(part, cache)
+        if y is None:
+            y = part.new_empty(*part.shape[:3], height // per_output, width // per_output)
+        y[..., _slice(rows.start, rows.stop, per_output), _slice(columns.start, columns.stop, per_output)] = part[
+            ...,
+            _slice(rows.start - top, rows.stop - top, per_output),
+            _slice(columns.start - left, columns.stop - left, per_output),
+        ]
+    cache.tile = 0
+    return y
+
+
+def reach(layers: Sequence[nn.Module]) -> int:
+    """Return how many pixels around a pixel the layers see at most, rounded up to an even number.
+
+    In pixels of the larger side of the one layer that doubles or halves; the others are all on that side.
+    """
+    convolutions = (m for layer in layers for m in layer.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    pixels = sum(convolution.kernel_size[-1] // 2 for convolution in convolutions)
+    return pixels + pixels % 2
+
+
+def cuts(length: int, tile: int) -> list[range]:
+    """Return even lengths of up to `tile` that make up an even length, all about as long."""
+    assert length % 2 == tile % 2 == 0 < tile, (length, tile)
+    count = -(-length // tile)
+    ends = [2 * (length // 2 * i // count) for i in range(count + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _slice(start: int, stop: int, divisor: int) -> slice:
+    return slice(start // divisor, stop // divisor)
