@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import denoise, dit, measure, training
+from bench import denoise, dit, measure, training, vae
 from bench.dit import Size
 from bench.measure import Row, Setting
 
@@ -17,6 +17,12 @@ def test_both_sides_come_to_the_same_result(table, monkeypatch):
     monkeypatch.setattr(table, "SIZES", {"small": (SMALL, 0.5) if table is dit else SMALL})
     (row,) = table.rows(Setting(pairs=1))
     assert row.distance < 2e-5 and row.ours > 0 < row.theirs and row.unit == "s"
+
+
+def test_both_vaes_come_to_the_same_latents_and_frames(monkeypatch):
+    monkeypatch.setattr(vae, "SIZES", {"small": (8, 5, 16, 16, 0.9, None)})
+    encoded, decoded = vae.rows(Setting(pairs=1))
+    assert max(encoded.distance, decoded.distance) < 1e-5 and (encoded.goal, decoded.goal) == (0.9, None)
 
 
 def test_a_training_step_has_the_same_gradients_on_both_sides(monkeypatch):

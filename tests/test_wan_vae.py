@@ -1,6 +1,5 @@
 import copy
 import hashlib
-import re
 import weakref
 
 import pytest
@@ -10,6 +9,7 @@ from einops import rearrange
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
+from tests.diffusers_vae import diffusers_vae
 from utils.errors import UserError
 from utils.options import parse_options
 from wan import vae_layers
@@ -57,46 +57,6 @@ def test_bfloat16_is_not_further_from_the_truth_than_the_original(recipe, golden
     got = vae.encode(cases["encode_9"]["inputs"]["video"][None])[0]
     assert got.dtype == torch.float32
     assert error(got, cases["encode_9"]["outputs"]["latent"]) <= cases["encode_9_bf16"]["relative_error_to_fp32"]
-
-
-def diffusers_vae(ours: WanVAE):
-    from diffusers import AutoencoderKLWan
-
-    shape = ours.shape
-    theirs = AutoencoderKLWan(
-        base_dim=shape.width,
-        z_dim=16,
-        dim_mult=[level // shape.width for level in shape.levels],
-        num_res_blocks=shape.residuals,
-        temperal_downsample=list(shape.in_time),
-    ).eval()
-    theirs.load_state_dict({diffusers_name(k, shape): v for k, v in ours.state_dict().items()})
-    return theirs
-
-
-def diffusers_name(name: str, shape: VaeShape) -> str:
-    if match := re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name):
-        level, layer = divmod(int(match[1]), shape.residuals + 2)
-        inside = f"resnets.{layer}" if layer <= shape.residuals else "upsamplers.0"
-        name = f"decoder.up_blocks.{level}.{inside}.{match[2]}"
-    for ours, theirs in (
-        (r"^conv1", "quant_conv"),
-        (r"^conv2", "post_quant_conv"),
-        (r"coder\.conv1", "coder.conv_in"),
-        (r"downsamples", "down_blocks"),
-        (r"middle\.1", "mid_block.attentions.0"),
-        (r"middle\.0", "mid_block.resnets.0"),
-        (r"middle\.2", "mid_block.resnets.1"),
-        (r"residual\.0", "norm1"),
-        (r"residual\.2", "conv1"),
-        (r"residual\.3", "norm2"),
-        (r"residual\.6", "conv2"),
-        (r"shortcut", "conv_shortcut"),
-        (r"head\.0", "norm_out"),
-        (r"head\.2", "conv_out"),
-    ):
-        name = re.sub(ours, theirs, name)
-    return name
 
 
 @pytest.mark.parametrize(
@@ -285,6 +245,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("frames", [1, 9])
 def test_the_estimate_of_memory_covers_the_tensors_of_the_published_vae(frames, tile, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))  # as the kernels do
+    monkeypatch.setattr(WanVAE, "_require_finite", lambda *_: None)  # tensors without memory are neither
     with torch.device("meta"):  # tensors without memory
         vae = WanVAE(VaeShape(), tile=tile or 1024).to(torch.bfloat16)
         pixels, latents = torch.empty(1, 3, frames, 480, 832), torch.empty(1, 16, (frames + 3) // 4, 60, 104)
@@ -371,6 +332,21 @@ def test_16_bit_weights_give_float32_latents_near_the_exact_ones(vae, video, dty
     latents, exact = low.encode(video), vae.encode(video)
     assert latents.dtype == torch.float32 and 0 < error(latents, exact) < limit
     assert 0 < error(low.decode(exact), vae.decode(exact)) < limit
+
+
+def test_numbers_too_large_for_float16_are_an_error_instead_of_black_frames(video):
+    weights = tiny.state_dict("vae")
+    for name in ("encoder.head.2.weight", "decoder.head.2.weight"):
+        weights[name] = weights[name] * 1e5
+    latents = torch.ones(1, 16, 2, 2, 2)
+    wide, narrow = build_vae(weights, torch.bfloat16), build_vae(weights, torch.float16)
+    assert wide.encode(video).isfinite().all() and wide.decode(latents).isfinite().all()
+    with pytest.raises(UserError, match="--vae_dtype float16: the encoded latents are not finite. Use --vae_dtype"):
+        narrow.encode(video)
+    with pytest.raises(UserError, match="--vae_dtype float16: the decoded frames are not finite. Use --vae_dtype"):
+        narrow.decode(latents)
+    with pytest.raises(UserError, match="--vae_dtype bfloat16: the decoded frames are not finite. Check the weights"):
+        wide.decode(latents * torch.nan)
 
 
 def test_a_pixel_without_any_activation_stays_zero_in_float16():

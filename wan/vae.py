@@ -255,6 +255,7 @@ class WanVAE(nn.Module):
         for i, (chunk, cache) in enumerate(self._with_cache(chunks)):
             x = self.conv1(self.encoder(chunk.to(self.device, self.dtype), cache, tile), cache)
             latents[:, :, i : i + 1] = x.chunk(2, dim=1)[0]
+        self._require_finite(latents, "encoded latents")
         return latents.sub_(mean).div_(std)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -279,6 +280,7 @@ class WanVAE(nn.Module):
         for chunk, cache in self._with_cache(x.split(1, dim=2)):
             with torch.no_grad():
                 y = self.decoder(self.conv2(chunk.to(self.device, self.dtype), cache), cache, tile)
+            self._require_finite(y, "decoded frames")  # clamped, an infinite pixel would pass for a white one
             yield y.to(latents.device, torch.float32).clamp_(-1, 1)
 
     def peak_bytes(
@@ -322,6 +324,15 @@ class WanVAE(nn.Module):
                 *(width, height, tile, needed / 1e9, self.peak_bytes(coder, *size, tile) / 1e9, free / 1e9),
             )
         return tile
+
+    def _require_finite(self, x: Tensor, name: str) -> None:
+        """Raise UserError where float16 has overflowed, or the weights or what came in are broken."""
+        if not bool(torch.isfinite(x).all()):
+            wide = self.dtype != torch.float16
+            raise UserError(
+                f"--vae_dtype {dtype_name(self.dtype)}: the {name} are not finite",
+                "check the weights of --vae, they may be damaged" if wide else "use --vae_dtype bf16 or fp32",
+            )
 
     def _statistics(self, device: torch.device) -> Iterator[Tensor]:
         """Return mean and deviation [z 1 1 1] of each latent channel, always in float32."""
