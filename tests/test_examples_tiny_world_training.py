@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from examples.tiny_world import clip_training, i2v_training, pretraining, vae_training
 from examples.tiny_world.detector import NOTHING, look
 from examples.tiny_world.muon import orthogonal
+from examples.tiny_world.training import run as run_step
 from examples.tiny_world.world import draw, random_scene, varied_caption
+from utils.errors import UserError
 from wan.clip import load_clip
 from wan.configs import TASKS
 from wan.loading import build_dit, check_dit
@@ -155,6 +157,14 @@ def test_a_second_round_starts_from_what_the_first_one_learned(models, pretraine
 
 def bfloat16(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: weight.to(torch.bfloat16) for key, weight in weights.items()}
+
+
+def test_a_step_of_the_recipe_that_fails_is_named(capfd):
+    with pytest.raises(UserError, match=r"examples\.tiny_world\.draw did not finish"):
+        run_step("-m", "examples.tiny_world.draw", "--clips", 24)
+    with pytest.raises(UserError, match=r"wan_train\.py did not finish"):
+        run_step("wan_train.py", "--nonsense")
+    assert "--folder: required" in capfd.readouterr().err
 
 
 def test_every_part_of_the_noise_distribution_gets_its_share():

@@ -7,8 +7,6 @@ is cut into rounds, each of which starts from the file of the one before; stoppe
 with the round that was not finished. The result is `dit_i2v.safetensors` in the folder.
 """
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from examples.tiny_world.training import run
 from utils.errors import UserError, run_script
 from utils.files import require_file
 from utils.options import option, parse_options
@@ -108,26 +107,19 @@ def main() -> None:
         before, dit = dit, folder / f"round_{number}.safetensors"
         if not dit.is_file():
             last = number == options.rounds
-            train = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", options.processes]
-            train += ["wan_train.py", "--task", "i2v-14B", "--dit", before, "--dataset_config", config]
+            train = ["wan_train.py", "--task", "i2v-14B", "--dit", before, "--dataset_config", config]
             train += ["--optimizer_type", "adamw", "--optimizer_args", "betas=(0.9,0.98)", "weight_decay=0.01"]
             train += ["--learning_rate", options.learning_rate, "--lr_warmup_steps", min(50, options.steps - 1)]
             train += ["--lr_scheduler", "cosine" if last else "constant_with_warmup"]
             train += ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--mixed_precision", "no"]
             train += ["--max_train_steps", options.steps, "--seed", options.seed + number, "--sdpa"]
             train += ["--max_data_loader_n_workers", 0, "--output_dir", folder, "--output_name", dit.stem]
-            run(*train)
+            run(*train, processes=options.processes)
     with open_tensors(dit, "--weights") as file:
         metadata = {"num_heads": file.metadata["num_heads"]}
     halves = {name: weight.to(torch.bfloat16) for name, weight in load_file(dit).items()}
     save_file_atomically(halves, folder / "dit_i2v.safetensors", metadata)
     print(folder / "dit_i2v.safetensors")
-
-
-def run(*words: object) -> None:
-    """Run Python with these words, showing its progress; UserError when it fails."""
-    if subprocess.run([sys.executable, *map(str, words)]).returncode:
-        raise UserError(f"{words[-1] if words[0] == '-m' else words[0]} did not finish", "run the same command again")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
     python -m examples.tiny_world.recipe --folder output/tiny_world
 
-Stopped at any time, the same command goes on where it was. At the end the weights and their SHA-256 sums are in
-examples/tiny_world/weights, and the scores are printed.
+Stopped at any time, the same command goes on where it was; what is there is not made again, so delete the folders of
+the steps that are to be. At the end the weights and their SHA-256 sums are in examples/tiny_world/weights, and the
+scores are printed.
 """
 
 import hashlib
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.tiny_world.training import run
 from utils.errors import UserError, run_script
 from utils.files import atomic_path
 from utils.options import option, parse_options
@@ -47,33 +47,24 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     vae, clip = folder / "vae" / "vae.safetensors", folder / "clip" / "clip.safetensors"
     if not vae.is_file():
-        run("vae_training", "--folder", vae.parent, "--steps", options.vae_steps, *threads)
+        run("-m", "examples.tiny_world.vae_training", "--folder", vae.parent, "--steps", options.vae_steps, *threads)
     if not clip.is_file():
-        run("clip_training", "--folder", clip.parent, "--steps", options.clip_steps, *threads)
+        run("-m", "examples.tiny_world.clip_training", "--folder", clip.parent, "--steps", options.clip_steps, *threads)
     earlier = None
     rounds = zip(options.steps, options.clips, options.learning_rates, strict=True)
     for number, (steps, clips, learning_rate) in enumerate(rounds, 1):
         here = folder / f"dit_{number}"
-        numbers = ["--steps", steps, "--clips", clips, "--learning_rate", learning_rate, "--threads", 1]
-        start = ["--start_from", earlier] if earlier else []
-        run("pretraining", "--folder", here, "--vae", vae, *numbers, *start, processes=options.processes)
+        command = ["-m", "examples.tiny_world.pretraining", "--folder", here, "--vae", vae, "--threads", 1]
+        command += ["--steps", steps, "--clips", clips, "--learning_rate", learning_rate]
+        run(*command, *(["--start_from", earlier] if earlier else []), processes=options.processes)
         earlier = here
     for path in (vae, clip, *(earlier / name for name in ("t5.safetensors", "dit_t2v.safetensors", "spiece.model"))):
         copy(path, results / path.name)
     i2v = ["--steps", options.i2v_steps, "--clips", options.i2v_clips, "--processes", options.processes]
-    run("i2v_training", "--folder", folder / "i2v", "--weights", results, *i2v)
+    run("-m", "examples.tiny_world.i2v_training", "--folder", folder / "i2v", "--weights", results, *i2v)
     copy(folder / "i2v" / "dit_i2v.safetensors", results / "dit_i2v.safetensors")
     publish(results, options.weights)
-    run("score", "--weights", options.weights)
-
-
-def run(module: str, *arguments: object, processes: int = 1) -> None:
-    """Run one of the recipe's scripts, showing its progress; UserError when it fails."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    launch = torchrun if processes > 1 else []
-    command = [sys.executable, "-m", *launch, f"examples.tiny_world.{module}", *map(str, arguments)]
-    if subprocess.run(command).returncode:
-        raise UserError(f"{module} did not finish", "run the same command again: it goes on from its last checkpoint")
+    run("-m", "examples.tiny_world.score", "--weights", options.weights)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -1,10 +1,13 @@
-"""A training of the recipe: two optimizers, an average of the weights, checkpoints from which it goes on.
+"""A training of the recipe: two optimizers, an average of the weights, checkpoints from which it goes on; and how
+the recipe calls its steps.
 
 With several processes (`torchrun --nproc_per_node 2`) each learns from its share of a batch, and all take the same
 steps: on a CPU faster than one process with as many threads.
 """
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from examples.tiny_world.muon import Muon
+from utils.errors import UserError
 from utils.files import atomic_path
 
 
@@ -97,3 +101,12 @@ def average_gradients(model: nn.Module) -> None:
     flat = reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
     for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def run(*words: object, processes: int = 1) -> None:
+    """Run Python with a script or "-m" and a module, and arguments, by so many processes; UserError when it fails."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *words]
+    if subprocess.run([str(word) for word in command]).returncode:
+        name = words[1] if words[0] == "-m" else words[0]
+        raise UserError(f"{name} did not finish", "run the same command again: it goes on from what is done")
