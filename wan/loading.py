@@ -407,14 +407,14 @@ def _assemble(
     in_main_memory = tuple(f"blocks.{number}." for number in swapped)
     for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=None):
         tensor, scale = tensors.get(name), tensors.scale(name)
-        kept = fp8 and is_quantized(name)
-        if scale is not None and (name in deltas or not kept):
+        as_float8 = fp8 and is_quantized(name)
+        if scale is not None and (name in deltas or not as_float8):
             tensor, scale = tensor.to(device).float() * scale.to(device), None
         if name in deltas:
             tensor = _changed(name, tensor.to(device), deltas[name]().to(device), tensors.where)
         swapped_out = name.startswith(in_main_memory)  # and copied there once more, out of the file
         home, copy = ("cpu", False) if swapped_out else (device, True)
-        if not kept:
+        if not as_float8:
             weights[name] = tensor.to(home, dtype, copy=copy)
         elif scale is not None:
             weights[name] = tensor.to(home, copy=copy)
