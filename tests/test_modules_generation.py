@@ -1,5 +1,6 @@
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from modules import generation
+from modules.caching import load_latent_encoders
 from modules.generation import (
     Condition,
     LoraOptions,
@@ -195,6 +197,16 @@ def tiny(models, task="t2v-1.3B", dit="dit_t2v", clip=None):
         LoraOptions(),
         RunOptions(),
     )
+
+
+def test_the_vae_runs_as_its_options_say_in_caching_and_in_generation(models):
+    options = VaeOptions(models["vae"], vae_cache_cpu=True, vae_spatial_tile_sample_min_size=384)
+    cpu = torch.device("cpu")
+    for vae in (
+        replace(tiny(models), vae=options).load_vae(),
+        load_latent_encoders(options, ClipOptions(), torch.float32, cpu).vae,
+    ):
+        assert (vae.cache_cpu, vae.tile) == (True, 384)
 
 
 def test_only_one_large_model_is_in_memory_at_a_time(models, monkeypatch, tmp_path):
