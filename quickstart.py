@@ -99,10 +99,11 @@ def demo() -> None:
 
     sheet = OUTPUT / "contact_sheet.png"
     rows = [data / "clips" / "000.mp4", videos / "without_lora.mp4", videos / "with_lora.mp4"]
+    show = [*module, "examples.tiny_world.contact_sheet", "--videos", *rows]
     labels = ["a training clip", f"'{PROMPT}' without the LoRA", "the same prompt and seed with the LoRA"]
-    show = [*module, "examples.tiny_world.contact_sheet", "--videos", *rows, "--labels", *labels]
-    run([*show, "--output", sheet])
-    run([*show, "--output", sheet.with_suffix(".gif")])
+    run([*show, "--labels", *labels, "--output", sheet])
+    labels = ["training clip", "without the LoRA", "with the LoRA"]
+    run([*show, "--labels", *labels, "--output", sheet.with_suffix(".gif")])
 
     title(f"Done in {time.monotonic() - start:.0f} seconds. Look at")
     for path in (sheet, sheet.with_suffix(".gif"), *rows[1:], lora):
