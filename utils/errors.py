@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from utils.logs import set_up_logging
 
@@ -34,33 +33,37 @@ def run_script(main: Callable[[], None]) -> None:
     Those take one line without a traceback: a UserError, a file that cannot be read or written, too little GPU memory.
     """
     set_up_logging()
-    script = Path(sys.argv[0]).name
     try:
         main()
-    except UserError as error:
-        _give_up(script, error)
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted; files already written are complete", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output (head, less) went away; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in _FILE_ERRORS:
+    except (Exception, KeyboardInterrupt) as error:
+        code = explain(error)
+        if code is None:
             raise
+        sys.exit(code)
+
+
+def explain(error: BaseException) -> int | None:
+    """Print in one line why a script ends and return its exit code; None, without a line, for a fault of our own."""
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted; files already written are complete", 130)
+    if isinstance(error, UserError):
+        return _say(f"error: {error}", 2)
+    if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
         problem, fix = _FILE_ERRORS[error.errno]
-        _give_up(script, UserError(f"{error.filename}: {problem}" if error.filename else problem, fix))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; --help should not wait for torch
-            raise
+        return explain(UserError(f"{error.filename}: {problem}" if error.filename else problem, fix))
+    if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":  # torch's; --help is not to wait
         problem = str(error).partition(". GPU ")[0]  # what follows counts the memory of every process
-        _give_up(script, UserError(f"not enough GPU memory ({problem})", "see docs/memory.md for what saves some"))
+        return explain(UserError(f"not enough GPU memory ({problem})", "see docs/memory.md for what saves some"))
+    return None
 
 
-def _give_up(script: str, error: UserError) -> NoReturn:
-    print(f"{script}: error: {error}", file=sys.stderr)
-    sys.exit(2)
+def _say(line: str, code: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return code
 
 
 _FREE_SPACE = "free some space and run again"
