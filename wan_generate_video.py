@@ -4,15 +4,16 @@ python wan_generate_video.py --task t2v-1.3B --prompt "a cat walks on grass" --v
     --dit wan2.1_t2v_1.3B_bf16.safetensors --vae wan_2.1_vae.safetensors --t5 models_t5_umt5-xxl-enc-bf16.pth
 
 For image to video add --task i2v-14B --clip PATH --image_path PATH. docs/wan.md walks through all tasks.
+On several GPUs: torchrun --nproc_per_node 2 wan_generate_video.py ...
 """
 
 from modules.generation import LoraOptions, Models, RunOptions, SamplingOptions, generate
 from modules.generation_plan import check_generation, decode_files, plan_results
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
-from utils.devices import default_device
 from utils.errors import run_script
 from utils.options import parse_options
+from utils.processes import Processes, joined
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.configs import TASKS
@@ -22,6 +23,13 @@ from wan.vae import VaeOptions
 
 
 def main() -> None:
+    with joined() as processes:
+        if run := processes.first(lambda: plan_run(processes)):
+            generate(*run, processes)
+
+
+def plan_run(processes: Processes) -> tuple | None:
+    """Return what generate() needs to know, checked; None where saved latents were to be decoded, and are."""
     prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap = parse_options(
         __doc__,
         PromptOptions,
@@ -35,14 +43,14 @@ def main() -> None:
         RunOptions,
         SwapOptions,
     )
-    models = Models(TASKS[dit.task], default_device(run.device), dit, vae, t5, clip, lora, run, swap)
+    models = Models(TASKS[dit.task], processes.device(run.device), dit, vae, t5, clip, lora, run, swap)
     if outputs.latent_path:
         decode_files(models, outputs)
-        return
+        return None
     requests = read_requests(prompts, models.config)
     check_outputs(outputs, len(requests))
-    check_generation(requests, models, sampling, outputs)
-    generate(requests, models, sampling, plan_results(requests, models, sampling, outputs), outputs.fps)
+    check_generation(requests, models, sampling, outputs, processes.count)
+    return requests, models, sampling, plan_results(requests, models, sampling, outputs), outputs.fps
 
 
 if __name__ == "__main__":

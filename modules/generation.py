@@ -5,7 +5,8 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -26,6 +27,7 @@ from networks.formats import weight_deltas
 from utils.devices import compute_dtype, parse_dtype, release_memory
 from utils.errors import UserError
 from utils.options import option
+from utils.processes import Processes
 from wan.attention import ATTENTION_MODES
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions, load_clip
@@ -39,6 +41,7 @@ from wan.conditioning import (
 from wan.configs import WanConfig
 from wan.loading import DitOptions, dit_dtype, load_dit
 from wan.model import WanModel
+from wan.parallel import share_out
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, load_vae
 
@@ -70,7 +73,7 @@ class SamplingOptions:
 class RunOptions:
     """how the models run"""
 
-    device: str | None = option(None, "cuda, cuda:1, cpu; left out: CUDA where there is one")
+    device: str | None = option(None, "cuda, cuda:1, cpu; left out: CUDA where there is one, or one for each process")
     attn_mode: str = option(
         "torch", "attention kernel; all but torch and sdpa (the same) need a package", choices=ATTENTION_MODES
     )
@@ -197,6 +200,11 @@ def needs_negative(pattern: str, scale: Scale) -> bool:
     return "S" in pattern or (scale != 1 and pattern.strip("C") != "")
 
 
+def is_guided(request: Request, config: WanConfig, sampling: SamplingOptions) -> bool:
+    """Return whether some step of a request makes more than one prediction."""
+    return needs_negative(pattern_of(request.steps, sampling), guidance_of(request, config))
+
+
 def skipped_blocks(sampling: SamplingOptions) -> tuple[int, ...]:
     """Return the numbers in --slg_layers."""
     try:
@@ -255,22 +263,35 @@ def denoise(
 
 # --------------------------------------------------------------------------------------------------------- stages
 def generate(
-    requests: Sequence[Request], models: Models, sampling: SamplingOptions, results: Sequence[Result], fps: int
+    requests: Sequence[Request],
+    models: Models,
+    sampling: SamplingOptions,
+    results: Sequence[Result],
+    fps: int,
+    processes: Processes | None = None,
 ) -> None:
-    """Make the requests into files, one stage and one model after the other; results: where each goes."""
-    texts = encode_prompts(requests, models, sampling)
+    """Make the requests into files, one stage and one model after the other; results: where each goes.
+
+    Of several processes the first one encodes and decodes, alone; all of them denoise.
+    """
+    processes = processes or Processes()
+    if processes.count > 1:
+        models = replace(models, device=processes.device(models.run.device))
+    texts = processes.first(lambda: encode_prompts(requests, models, sampling))
     release_memory(models.device)
-    features = encode_pictures(requests, models)
+    features = processes.first(lambda: encode_pictures(requests, models))
     release_memory(models.device)
     conditions, vae = [Condition()] * len(requests), None
     if models.config.images or models.config.control:
-        vae = models.load_vae()
-        conditions = encode_conditions(requests, features, vae, models.config)
-        vae.to("cpu")
+        vae = models.load_vae() if processes.is_first else None
+        conditions = processes.first(lambda: encode_conditions(requests, features, vae, models.config))
+        if vae:
+            vae.to("cpu")
         release_memory(models.device)
-    latents = denoise_all(requests, texts, conditions, models, sampling, results)
+    latents = denoise_all(requests, texts, conditions, models, sampling, results, processes)
     release_memory(models.device)
-    if any(result.files.video or result.files.images for result in results):
+    processes.leave()
+    if processes.is_first and any(result.files.video or result.files.images for result in results):
         decode_all(latents, results, vae.to(models.device) if vae else models.load_vae(), fps)
 
 
@@ -278,8 +299,7 @@ def encode_prompts(requests: Sequence[Request], models: Models, sampling: Sampli
     """Return the embeddings of all prompts; each different text is encoded once, and none that no step asks for."""
     wanted = []
     for request in requests:
-        scale = guidance_of(request, models.config)
-        negative = needs_negative(pattern_of(request.steps, sampling), scale)
+        negative = is_guided(request, models.config, sampling)
         wanted.append((request.prompt, request.negative_prompt if negative else None))
     different = dict.fromkeys(text for pair in wanted for text in pair if text is not None)
     t5 = load_text_encoder(models.t5, models.device)
@@ -363,20 +383,26 @@ def denoise_all(
     models: Models,
     sampling: SamplingOptions,
     results: Sequence[Result],
+    processes: Processes | None = None,
 ) -> list[Tensor]:
     """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
-    dit = models.load_dit()
+    dit, processes = models.load_dit(), processes or Processes()
+    if processes.count > 1:
+        guided = any(is_guided(request, models.config, sampling) for request in requests)
+        share_out(dit, processes.rank, processes.count, guided)
     latents: list[Tensor] = []
+    steps, silent = sum(request.steps for request in requests), not processes.is_first
     with (
-        tqdm(total=sum(request.steps for request in requests), desc="denoising", unit="step") as progress,
-        kept_on_failure(latents, results),
+        tqdm(total=steps, desc="denoising", unit="step", disable=silent) as progress,
+        contextlib.nullcontext() if silent else kept_on_failure(latents, results),
     ):
         for request, text, condition, result in zip(requests, texts, conditions, results, strict=True):
             width, height = output_size(request)
             frames = output_frames(request, models.config)
+            drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
             latent = denoise(
                 dit,
-                draw_noise(frames, width, height, request.seed, models.device, sampling.cpu_noise),
+                processes.first(drawn).to(models.device),
                 text,
                 condition,
                 request.steps,
@@ -390,7 +416,7 @@ def denoise_all(
                     f"--seed {request.seed}: the latents are not finite",
                     fix="use --dit weights in bf16, no --fp8, or a lower --guidance_scale",
                 )
-            if result.files.latent:
+            if result.files.latent and not silent:
                 save_latent(result.files.latent, latent, result.metadata)
             latents.append(latent)
     return latents

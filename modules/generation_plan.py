@@ -18,6 +18,7 @@ from modules.generation import (
     SamplingOptions,
     decode_all,
     decoded_frame_count,
+    is_guided,
     output_frames,
     output_size,
     read_control,
@@ -35,6 +36,7 @@ from wan.block_swap import check_swap
 from wan.configs import WanConfig
 from wan.loading import check_dit, check_fp8
 from wan.model import WanModel, WanShape
+from wan.parallel import split_of
 from wan.vae import check_vae
 from wan.weights import describe, wrong_kind
 
@@ -43,14 +45,22 @@ logger = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------------------- checks
 def check_generation(
-    requests: Sequence[Request], models: Models, sampling: SamplingOptions, outputs: OutputOptions
+    requests: Sequence[Request],
+    models: Models,
+    sampling: SamplingOptions,
+    outputs: OutputOptions,
+    processes: int = 1,
 ) -> None:
-    """Raise UserError for whatever would otherwise be found out after a model has loaded; log what will be made."""
+    """Raise UserError for whatever would otherwise be found out after a model has loaded; log what will be made.
+
+    processes: how many are to make each video together.
+    """
     _check_run(models.run)
     _check_sampling(requests, sampling)
     shape = check_dit(models.dit.dit, models.config)
     check_fp8(models.dit.dit, models.run.fp8 or models.run.fp8_scaled, models.run.fp8_scaled)
     check_swap(models.swap, shape.blocks)
+    split_of(processes, shape.heads, any(is_guided(request, models.config, sampling) for request in requests))
     blocks = [block for block in skipped_blocks(sampling) if not 0 <= block < shape.blocks]
     if blocks:
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from utils.errors import UserError
 from utils.options import parse_options
@@ -62,6 +63,9 @@ def parsed(command: str) -> str | None:
     words = shlex.split(command, comments=True)
     if words[:2] == ["accelerate", "launch"]:
         given = launch_command_parser().parse_args(words[2:])
+        script, arguments = given.training_script, given.training_script_args
+    elif words[0] == "torchrun":
+        given = torchrun_parser().parse_args(words[1:])
         script, arguments = given.training_script, given.training_script_args
     else:
         script = next((word for word in words[:3] if word in SCRIPTS), None)

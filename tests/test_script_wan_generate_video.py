@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wan_generate_video
+from tests.forked import fork, needs_fork
 from utils.errors import UserError
 from wan.model import WanModel
 
@@ -299,6 +300,44 @@ def test_swapped_blocks_make_the_same_latents_bit_by_bit(generate, lora, tmp_pat
         generate(save_path=path, output_type="latent", vae=None, lora_weight=[lora], **options, **swap)
     plain, *others = (latent_of(tmp_path / f"{swapped}.safetensors") for swapped in range(3))
     assert all(torch.equal(plain, other) for other in others)
+
+
+@needs_fork
+def test_two_processes_write_the_files_that_one_writes(generate, models, lora, monkeypatch, tmp_path):
+    lines = ["a red circle --d 7", "a blue star --d 3 --f 1 --w 32 --g 1"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    given = {"prompt": None, "seed": None, "from_file": tmp_path / "prompts.txt", "output_type": "latent_images"}
+    given["lora_weight"] = [lora]
+    generate(**given, save_path=tmp_path / "one")
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments(models, **given, save_path=tmp_path / "two")])
+    codes, said = fork(wan_generate_video.main, tmp_path, 2)
+    assert codes == [0, 0] and said.count("2 processes: two predictions at a time") == 1, said
+    one, two = (
+        sorted((tmp_path / name).rglob("*.*"), key=lambda path: path.stat().st_mtime_ns) for name in ("one", "two")
+    )
+    assert [path.suffix for path in one] == [".safetensors"] * 2 + [".png"] * 6
+    for mine, ours in zip(one[2:], two[2:], strict=True):
+        assert mine.read_bytes() == ours.read_bytes(), ours
+    assert all(torch.equal(latent_of(mine), latent_of(ours)) for mine, ours in zip(one[:2], two[:2], strict=True))
+    decoded = {"latent_path": two[:2], "save_path": tmp_path / "decoded", "output_type": "images"}
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments(models, **decoded)])
+    assert fork(wan_generate_video.main, tmp_path, 2)[0] == [0, 0]
+    assert len(list((tmp_path / "decoded").rglob("*.png"))) == 6
+    unguided = arguments(models, guidance_scale=1.0, save_path=tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *unguided])
+    codes, said = fork(wan_generate_video.main, tmp_path, 2)
+    line = f"{SCRIPT}: error: 2 processes: they cannot share the 3 attention heads of this DiT equally"
+    assert codes == [2, 2] and said.count("error: ") == 1 and said.splitlines()[-1].startswith(line)
+
+
+@needs_fork
+def test_wrong_options_are_one_line_of_the_first_process_and_help_is_shown_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--infer_steps", "many"])
+    line = "error: --infer_steps: 'many' is not a whole number. --help lists the options."
+    assert fork(wan_generate_video.main, tmp_path, 2) == ([2, 2], f"{SCRIPT}: {line}\n")
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--help"])
+    codes, said = fork(wan_generate_video.main, tmp_path, 2)
+    assert codes == [0, 0] and said.count("usage: ") == 1
 
 
 def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, caplog, tmp_path):

@@ -405,7 +405,8 @@ def _assemble(
         use_float8_linears(model.blocks, fp8_scaled)
     weights = {}
     in_main_memory = tuple(f"blocks.{number}." for number in swapped)
-    for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=None):
+    hidden = None if logger.isEnabledFor(logging.INFO) else True  # by processes that leave the log to the first one
+    for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=hidden):
         tensor, scale = tensors.get(name), tensors.scale(name)
         as_float8 = fp8 and is_quantized(name)
         if scale is not None and (name in deltas or not as_float8):

@@ -266,8 +266,12 @@ class SelfAttention(nn.Module):
         """Let the video's tokens x [B L D] look at each other. The norms run over all heads together."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
         q, k, v = (self._heads(y) for y in (q, k, v))
-        out = attention(rotate(q, rope), rotate(k, rope), v, attn_mode, split_attn)
+        out = self.attend(rotate(q, rope), rotate(k, rope), v, attn_mode, split_attn)
         return self.o(rearrange(out, "b l h d -> b l (h d)"))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
+        """Return the attention [B L H D] of the tokens; processes that share them put an exchange around this."""
+        return attention(q, k, v, *how)
 
     def _heads(self, y: Tensor) -> Tensor:
         return rearrange(y, "b l (h d) -> b l h d", h=self.heads)
