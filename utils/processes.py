@@ -172,6 +172,7 @@ def _received() -> Any:
     dist.broadcast(size, 0)
     content = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(content, 0)
+    # Whole objects, which no file could bring in here: they are from the first process of this very run.
     done, value = torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=False)
     if not done:
         raise _Ended
