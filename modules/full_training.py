@@ -15,6 +15,8 @@ from utils.devices import FLOAT8
 from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
+from wan.block_exchange import Exchange, exchange_blocks
+from wan.block_swap import Device
 from wan.model import WanModel, WanShape
 
 
@@ -38,6 +40,7 @@ class TrainedDit(Trained):
     noun = "weights"
     shapes = ((64, 64), (64,), (64, 16, 1, 2, 2))
     dit: WanModel
+    exchange: Exchange | None = None  # of the blocks that are swapped
 
     def __init__(self, options: FullOptions):
         self.options = options
@@ -49,8 +52,6 @@ class TrainedDit(Trained):
         for name in ("fp8_base", "fp8_scaled"):
             if getattr(options.precision, name):
                 raise UserError(f"--{name}: is not available in fine-tuning, float8 weights are frozen", "leave it out")
-        if options.swap.blocks_to_swap:
-            raise UserError("--blocks_to_swap: is not available yet", "leave it out")
         if file_dtype in FLOAT8:
             raise UserError(
                 f"--dit {options.dit.dit}: holds float8 weights, which are too coarse to train", "use the bf16 file"
@@ -68,8 +69,14 @@ class TrainedDit(Trained):
         self._file_metadata = {**inherited, "num_heads": str(shape.heads)}
         return trained_precision(options.precision.mixed_precision, self.options.full_bf16)
 
+    def hold(self, dit: WanModel, numbers: Sequence[int], slots: int, device: Device) -> None:
+        self.exchange = exchange_blocks(dit, numbers, slots, device, self.fused)
+
     def attach(self, dit: WanModel, device: torch.device) -> nn.Module:
         self.dit = dit.requires_grad_(True).train()
+        if self.exchange:
+            dit.register_state_dict_pre_hook(lambda *_: self.exchange.settle())
+            self.stowed = () if self.fused else {p for block in self.exchange.parameters for p in block}
         # Its own, and with the same seed in all processes: their weights would drift apart otherwise.
         self.generator = torch.Generator(device).manual_seed(self._seed)
         return dit
@@ -78,10 +85,22 @@ class TrainedDit(Trained):
         return [{"params": list(self.dit.parameters()), "lr": learning_rate, "name": "unet"}]
 
     def step(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-        if self.options.full_bf16:
-            step_in_float32(optimizer, parameters, self.generator)
+        def step(parameters: Sequence[nn.Parameter]) -> None:
+            if self.options.full_bf16:
+                step_in_float32(optimizer, parameters, self.generator)
+            else:
+                optimizer.step()
+
+        if self.exchange:
+            self.exchange.update(parameters, optimizer.state, step)
         else:
-            optimizer.step()
+            step(parameters)
+
+    def stow(self, parameter: nn.Parameter) -> None:
+        self.exchange.stow(parameter)
+
+    def settle(self) -> None:
+        self.exchange.settle()
 
     def tensors(self) -> dict[str, Tensor]:
         return self.dit.state_dict()

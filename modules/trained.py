@@ -1,7 +1,7 @@
 """What a run trains and saves: the one thing in which training a LoRA and fine-tuning the DiT differ."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modules.train_options import TrainOptions
+from wan.block_swap import Device
 from wan.loading import Deltas
 from wan.model import WanModel, WanShape
 
@@ -22,6 +23,8 @@ class Trained(ABC):
     shapes: tuple[tuple[int, ...], ...] = ((64, 64),)  # of parameters like those to train, to try an optimizer on
     fused = False  # each parameter is updated as soon as its gradient is there
     hashed = False  # files are told apart by hashes of their tensors
+    hold: Callable[[WanModel, Sequence[int], int, Device], None] | None = None  # makes a DiT run with swapped blocks
+    stowed: Collection[nn.Parameter] = ()  # those whose gradients leave the device during the backward pass
 
     @abstractmethod
     def check(
@@ -43,6 +46,14 @@ class Trained(ABC):
     def step(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         """Apply the gradients, which only these parameters have."""
         optimizer.step()
+
+    def stow(self, parameter: nn.Parameter) -> None:
+        """Take charge of the gradient of one of the stowed parameters, which a batch has just been added to."""
+        raise NotImplementedError(f"{type(self).__name__} stows no gradients")
+
+    def settle(self) -> None:
+        """Return once stowed gradients can be read."""
+        raise NotImplementedError(f"{type(self).__name__} stows no gradients")
 
     def limit(self) -> dict[str, float]:
         """Hold what is trained within its limits after a step; return what to log of it."""

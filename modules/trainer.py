@@ -84,6 +84,7 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
         fp8=options.precision.fp8_base,
         fp8_scaled=options.precision.fp8_scaled,
         swap=options.swap,
+        hold=trained.hold,
     )
     return Trainer(plan, dit, accelerator, sampler)
 
@@ -108,6 +109,8 @@ class Trainer:
         if self.trained.fused:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda parameter: self.update([parameter]))
+        for parameter in self.trained.stowed:
+            parameter.register_post_accumulate_grad_hook(self.stow)
         # Each process draws its own noise and dropout. On the CPU, so that a seed means the same on every device.
         process_seed = plan.seed + accelerator.process_index
         self.generator = torch.Generator().manual_seed(process_seed)
@@ -174,6 +177,8 @@ class Trainer:
     def optimizer_step(self) -> dict[str, float]:
         """End an optimizer step, which a fused backward pass has done already; return what to log of the result."""
         if not self.trained.fused:
+            if self.trained.stowed:
+                self.trained.settle()
             self.update(self.parameters)
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
@@ -182,12 +187,18 @@ class Trainer:
     def update(self, parameters: Sequence[nn.Parameter]) -> None:
         """Apply the gradients that all processes have for these parameters, and drop them."""
         if self.accelerator.num_processes > 1:
-            average_gradients(parameters, self.accelerator)
+            average_gradients([p for p in parameters if p not in self.trained.stowed], self.accelerator)
         if self.plan.options.optimizer.max_grad_norm:
             self.accelerator.clip_grad_norm_(parameters, self.plan.options.optimizer.max_grad_norm)
         self.trained.step(self.optimizer, parameters)
         for parameter in parameters:
             parameter.grad = None
+
+    def stow(self, parameter: nn.Parameter) -> None:
+        """Let a gradient leave the device, averaged over all processes with the last batch of a step."""
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            average_gradients([parameter], self.accelerator)
+        self.trained.stow(parameter)
 
     def after_step(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_steps

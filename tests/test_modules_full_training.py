@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import fields
 
+import cv2
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -12,6 +13,8 @@ from modules.full_training import FullOptions, TrainedDit, rounded_at_random, st
 from modules.precision import trained_precision
 from modules.train_options import TrainOptions
 from modules.trainer import LoggingOptions, Trainer, make_trainer, predict
+from tests import tiny
+from tests.test_wan_block_exchange import LateBothWays
 from utils.errors import UserError
 from utils.options import parse_options
 from utils.safetensors_io import read_metadata, save_file_atomically
@@ -36,6 +39,10 @@ def trainer(models, dataset, tmp_path):
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pixels(path) -> torch.Tensor:
+    return torch.from_numpy(cv2.imread(str(path)))
 
 
 def trained(run: Trainer):
@@ -158,6 +165,58 @@ def test_a_step_in_float32_is_the_optimizers_own_but_for_the_rounding():
     assert {state["exp_avg"].dtype for state in optimizers[0].state.values()} == {torch.float32}
 
 
+@pytest.fixture
+def four_blocks(tmp_path, monkeypatch):
+    """A DiT of four blocks, which are swapped by the slowest of GPUs."""
+    monkeypatch.setattr("wan.loading.streaming_device", lambda *_: LateBothWays())
+    path = tmp_path / "four.safetensors"
+    save_file_atomically(tiny.state_dict("dit_t2v", blocks=4), path, {"num_heads": "3"})
+    return path
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--gradient_checkpointing --gradient_accumulation_steps 2",
+        "--full_bf16",
+        "--full_bf16 --fused_backward_pass --gradient_checkpointing",
+        "--full_bf16 --fused_backward_pass --optimizer_type adamw8bit",
+        "--optimizer_type adamw8bit --max_grad_norm 0",
+    ],
+)
+def test_files_hold_the_same_bits_when_blocks_are_swapped(trainer, four_blocks, flags):
+    options = f"--learning_rate 1e-3 --max_train_steps 3 --save_every_n_steps 1 {flags}"
+    plain = trained(trainer(options, dit=four_blocks)).parent
+    for swapped in ("4 --block_swap_ring_size 1", "3"):
+        path = trained(trainer(f"{options} --blocks_to_swap {swapped}", dit=four_blocks))
+        for file in sorted(path.parent.iterdir()):
+            same, other = load_file(file), load_file(plain / file.name)
+            assert list(same) == list(other) and all(torch.equal(same[key], other[key]) for key in same), file.name
+        first, second = read_metadata(path), read_metadata(plain / path.name)
+        own = ("session_id", "started_at", "finished_at", "modelspec.date")  # of each run
+        assert first.keys() == second.keys()
+        assert all(first[key] == second[key] for key in first if not key.endswith(own))
+
+
+def test_the_norm_of_all_gradients_is_limited_wherever_they_are(trainer, four_blocks):
+    options = "--optimizer_type SGD --learning_rate 1 --max_train_steps 1 --max_grad_norm 1e-3"
+    run = trainer(f"{options} --blocks_to_swap 3", dit=four_blocks)
+    before = {name: value.clone() for name, value in run.dit.state_dict().items()}
+    trained(run)
+    steps = [(value - before[name]).norm() for name, value in run.dit.state_dict().items()]
+    assert torch.stack(steps).norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_swapped_weights_can_be_read_at_any_moment(trainer, four_blocks):
+    states = []
+    for flag in ("", "--blocks_to_swap 4 --block_swap_ring_size 1"):
+        run = trainer(f"--learning_rate 1e-3 --fused_backward_pass {flag}", dit=four_blocks)
+        run.accelerator.backward(run.loss(next(iter(run.loader)).to("cpu")))
+        states.append(run.dit.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
 def test_files_have_the_dtype_of_the_file_trained_from_unless_another_is_asked_for(trainer, models, tmp_path):
     source = tmp_path / "half.safetensors"
     half = {key: value.half() for key, value in load_file(models["dit_t2v"]).items()}
@@ -178,10 +237,12 @@ def test_samples_show_the_dit_in_training_and_do_not_change_the_run(trainer, mod
     sampling += f" --t5_tokenizer {models['tokenizer'].as_posix()}"
     options = "--learning_rate 1e-2 --max_train_steps 2"
     plain, sampled = trained(trainer(options)), trained(trainer(f"{options} {sampling}"))
-    first, second = load_file(plain), load_file(sampled)
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    pictures = sorted((sampled.parent / "sample").iterdir())
+    swapped = trained(trainer(f"{options} {sampling} --blocks_to_swap 2 --block_swap_ring_size 1"))
+    first, second, third = (load_file(path) for path in (plain, sampled, swapped))
+    assert all(torch.equal(first[key], second[key]) and torch.equal(first[key], third[key]) for key in first)
+    pictures, same = (sorted((path.parent / "sample").iterdir()) for path in (sampled, swapped))
     assert len(pictures) == 2 and pictures[0].read_bytes() != pictures[1].read_bytes()
+    assert all(torch.equal(pixels(one), pixels(other)) for one, other in zip(pictures, same, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- wrong options
@@ -190,7 +251,7 @@ def test_samples_show_the_dit_in_training_and_do_not_change_the_run(trainer, mod
     [
         ("--fp8_base", "--fp8_base: is not available in fine-tuning, float8 weights are frozen. Leave it out."),
         ("--fp8_scaled", "--fp8_scaled: is not available in fine-tuning, float8 weights are frozen. Leave it out."),
-        ("--blocks_to_swap 3", "--blocks_to_swap: is not available yet. Leave it out."),
+        ("--blocks_to_swap 3", "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer."),
         (
             "--fused_backward_pass --gradient_accumulation_steps 2",
             "--fused_backward_pass: keeps no gradients for --gradient_accumulation_steps 2 to add up. Leave one",

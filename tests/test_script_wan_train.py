@@ -53,16 +53,16 @@ def test_the_documented_command_writes_a_dit_that_trains_on(paths, tmp_path):
     assert read_metadata(folder / "further.safetensors")["ss_sd_model_name"] == "tuned.safetensors"
 
 
-def test_two_processes_train_the_same_weights_fused_or_not(paths, tmp_path):
+def test_two_processes_train_the_same_weights_fused_or_not_swapped_or_not(paths, tmp_path):
     launcher = shlex.split("torch.distributed.run --standalone --nproc_per_node 2")
     weights = []
-    for name in ("", "--fused_backward_pass"):
-        options = shlex.split(f"{OPTIONS} --learning_rate 1e-3 --max_train_epochs 1 --max_grad_norm 0 {name}")
+    for flags in ("", "--blocks_to_swap 2 --block_swap_ring_size 1", "--fused_backward_pass --blocks_to_swap 1"):
+        options = shlex.split(f"{OPTIONS} --learning_rate 1e-3 --max_train_epochs 1 --max_grad_norm 0 {flags}")
         result = _run([*launcher, "wan_train.py", *options, *paths], ACCELERATE_USE_CPU="true")
         # Seven batches on two processes: four rounds.
         assert "4 steps in 1 epochs of 4 batches on 2 process(es)" in result.stderr
         weights.append(load_file(tmp_path / "models" / "tuned.safetensors"))
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
 
 
 def test_wrong_options_end_in_one_line_before_the_model_loads(run_cli, paths):

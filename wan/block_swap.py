@@ -96,6 +96,15 @@ class Device(Protocol):
     def wait(self, copy: Any) -> None:
         """Let computation that begins from now on see the result of a copy."""
 
+    def back(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Start copies to main memory, (home, tensor on the device) each, that overtake no computation begun so far.
+
+        Copies are done one after the other, so that later ones find these homes as they are after this.
+        """
+
+    def settle(self) -> None:
+        """Return once all copies are done and main memory can be read."""
+
 
 class CudaDevice:
     """A GPU. Copies have a stream of their own, and run beside the computation where main memory is page-locked."""
@@ -135,6 +144,16 @@ class CudaDevice:
     def wait(self, copy: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(copy)
 
+    def back(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            for home, tensor in pairs:
+                home.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self.stream)  # its memory is not given to others before that
+
+    def settle(self) -> None:
+        self.stream.synchronize()
+
 
 def _unlock(stream: torch.cuda.Stream, locked: Iterable[Tensor]) -> None:
     stream.synchronize()
@@ -155,6 +174,13 @@ class CpuDevice:
         slot.copy_(home)
 
     def wait(self, copy: None) -> None:
+        pass
+
+    def back(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for home, tensor in pairs:
+            home.copy_(tensor)
+
+    def settle(self) -> None:
         pass
 
 
@@ -308,3 +334,8 @@ class Ring:
             return saved
         slot = self.use(saved.rank, backward=True)
         return slot.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+
+
+def packed_bytes(like: Iterable[Tensor]) -> int:
+    """Return how many bytes such tensors take when they are packed."""
+    return sum(_aligned(tensor.nbytes) for tensor in like)

@@ -16,7 +16,7 @@ from utils.devices import dtype_name
 from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
-from wan.block_swap import SwapOptions, stream_blocks, streamed_blocks, streaming_device
+from wan.block_swap import Device, SwapOptions, stream_blocks, streamed_blocks, streaming_device
 from wan.configs import TASKS, WanConfig
 from wan.fp8 import (
     FLOAT8,
@@ -67,13 +67,15 @@ def load_dit(
     fp8_scaled: bool = False,
     swap: SwapOptions | None = None,
     option: str = "--dit",
+    hold: Callable[[WanModel, Sequence[int], int, Device], None] | None = None,
 ) -> WanModel:
     """Return the DiT of a file, frozen, on the device, with linear layers that compute in `dtype`.
 
     deltas: by a weight's official name, what is added to it, as a function, so that only one is in memory at a time;
     added in float32 before the weight is cast or quantised. fp8: hold the blocks' linear weights as float8;
     fp8_scaled: with a scale for each 64 inputs. swap: the blocks that are held in main memory, none of which is ever on
-    the device as a whole but by its place in the ring. Peak memory is the model and one tensor, or one swapped block.
+    the device as a whole but by its place in the ring; hold: what makes the model run with them there,
+    where they are not going to stay as they are. Peak memory is the model and one tensor, or one swapped block.
     """
     swap = swap or SwapOptions()
     with open_tensors(path, option, "the DiT's weights") as file:
@@ -85,7 +87,7 @@ def load_dit(
     model.attn_mode, model.split_attn = attn_mode, split_attn
     if swapped:
         pinned = swap.use_pinned_memory_for_block_swap
-        stream_blocks(model, swapped, swap.slots, streaming_device(device, pinned))
+        (hold or stream_blocks)(model, swapped, swap.slots, streaming_device(device, pinned))
     return model
 
 
