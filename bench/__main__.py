@@ -6,12 +6,13 @@ python -m bench --only dit denoise --quick
 Each table also stands alone: python -m bench.dit
 """
 
-from bench import denoise, dit, measure, training, vae
+from bench import denoise, dit, measure, swapping, training, vae
 
 TABLES: dict[str, measure.Table] = {
     "dit": dit.rows,
     "denoise": denoise.rows,
     "training": training.rows,
+    "swapping": swapping.rows,
     "vae": vae.rows,
 }
 

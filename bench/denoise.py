@@ -1,23 +1,24 @@
-"""Compare the denoising of a video, 20 steps with guidance, with the same steps through diffusers' DiT.
+"""Compare the denoising of a video, 20 steps with guidance, with the same through diffusers' DiT and the plain twin.
 
 python -m bench.denoise
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.dit import Size, both, inputs
-from bench.measure import Row, Setting, distance, main, timed_pairs
+from bench.dit import Size, both, inputs, velocity_of_theirs
+from bench.measure import TWO_WAY, Row, Setting, compared, main
+from bench.two_way import plain_twin
 from modules.generation import Condition, SamplingOptions, Texts, denoise
 from modules.guidance import classifier_free
-from modules.solvers import Step, Velocity, sample
-from tests.diffusers_dit import padded
+from modules.solvers import Velocity, sample
 from wan.model import WanModel
 
 STEPS, SHIFT, SCALE = 20, 3.0, 5.0
+Predictor = Callable[[Tensor, Tensor, list[Tensor]], Tensor]  # (x, timestep, text) > velocity
 SIZES = {
     "S=128": Size(128, 512, 4, 6, 96, (2, 16, 16)),
     "S=512": Size(128, 512, 4, 6, 96, (8, 16, 16)),
@@ -30,10 +31,12 @@ def rows(setting: Setting) -> Iterator[Row]:
         ours, theirs = both(size, setting)
         (noise, prompt), (_, negative) = inputs(size, setting, rows=20), inputs(size, setting, rows=100)
         run_ours = partial(denoised, ours, noise, prompt, negative)
-        run_theirs = partial(denoised_by_theirs, theirs, noise, prompt, negative, setting.dtype)
-        mine, other, ratio = timed_pairs(run_ours, run_theirs, setting.pairs)
-        label = f"{STEPS} steps with guidance, d={size.dim}, {size.blocks} blocks, {name}"
-        yield Row(label, mine, other, ratio, 0.6, "s", distance(run_ours(), run_theirs()))
+        run_theirs = partial(denoised_by_others, as_velocity(theirs, setting.dtype), noise, prompt, negative)
+        run_twin = partial(denoised_by_others, plain_twin(ours), noise, prompt, negative)
+        others = {"": (run_theirs, 0.6), TWO_WAY: (run_twin, 0.5)}
+        yield from compared(
+            f"{STEPS} steps with guidance, d={size.dim}, {size.blocks} blocks, {name}", run_ours, others, setting
+        )
 
 
 def denoised(dit: WanModel, noise: Tensor, prompt: list[Tensor], negative: list[Tensor]) -> Tensor:
@@ -41,18 +44,21 @@ def denoised(dit: WanModel, noise: Tensor, prompt: list[Tensor], negative: list[
     return denoise(dit, noise[0], texts, Condition(), STEPS, SHIFT, SCALE, SamplingOptions())[None]
 
 
+def as_velocity(dit: nn.Module, dtype: torch.dtype) -> Predictor:
+    """Return diffusers' DiT as a function of what ours takes."""
+
+    def velocity(x: Tensor, timestep: Tensor, text: list[Tensor]) -> Tensor:
+        return velocity_of_theirs(dit, x.to(dtype), timestep, text)
+
+    return velocity
+
+
 @torch.no_grad()
-def denoised_by_theirs(
-    dit: nn.Module, noise: Tensor, prompt: list[Tensor], negative: list[Tensor], dtype: torch.dtype
-) -> Tensor:
+def denoised_by_others(dit: Predictor, noise: Tensor, prompt: list[Tensor], negative: list[Tensor]) -> Tensor:
+    """Return what the noise becomes with two predictions a step, each of which begins anew with the text."""
+
     def predicting(text: list[Tensor]) -> Velocity:
-        rows = padded(text)
-
-        def velocity(x: Tensor, step: Step) -> Tensor:
-            timestep = torch.tensor([step.timestep], device=x.device)
-            return dit(x.to(dtype), timestep, rows, return_dict=False)[0].float()
-
-        return velocity
+        return lambda x, step: dit(x, torch.tensor([step.timestep], device=x.device), text)
 
     velocity = classifier_free(predicting(prompt), predicting(negative), SCALE)
     return sample(SamplingOptions().sample_solver, velocity, noise, STEPS, SHIFT)

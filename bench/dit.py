@@ -1,4 +1,4 @@
-"""Compare the DiT's forward pass with diffusers' on the same weights.
+"""Compare the DiT's forward pass with diffusers', and with the plain twin of two_way.py, on the same weights.
 
 python -m bench.dit
 python -m bench.dit --quick
@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.measure import Row, Setting, distance, main, timed_pairs
+from bench.measure import TWO_WAY, Row, Setting, compared, main
+from bench.two_way import plain_twin
 from tests.diffusers_dit import diffusers_dit, padded
 from tests.tiny import state_dict
 from wan.loading import build_dit
@@ -31,10 +32,10 @@ class Size:
     grid: tuple[int, int, int]  # latent frames, rows, columns
 
 
-SIZES = {  # and the goal
-    "d=256, 4 blocks, S=128": (Size(256, 1024, 2, 4, 256, (2, 16, 16)), 0.5),
-    "d=256, 4 blocks, S=1040": (Size(256, 1024, 2, 4, 256, (5, 26, 32)), 0.85),
-    "d=1536, ffn 8960, 2 blocks, S=480": (Size(1536, 8960, 12, 2, 4096, (2, 24, 40)), 0.9),
+SIZES = {  # and the goals, against diffusers and against two-way
+    "d=256, 4 blocks, S=128": (Size(256, 1024, 2, 4, 256, (2, 16, 16)), 0.5, 0.4),
+    "d=256, 4 blocks, S=1040": (Size(256, 1024, 2, 4, 256, (5, 26, 32)), 0.85, 0.8),
+    "d=1536, ffn 8960, 2 blocks, S=480": (Size(1536, 8960, 12, 2, 4096, (2, 24, 40)), 0.9, 0.9),
 }
 
 
@@ -55,13 +56,14 @@ def inputs(size: Size, setting: Setting, rows: int = 60) -> tuple[Tensor, list[T
 
 @torch.no_grad()
 def rows(setting: Setting) -> Iterator[Row]:
-    for name, (size, goal) in list(SIZES.items())[: 2 if setting.quick else None]:
+    for name, (size, *goals) in list(SIZES.items())[: 2 if setting.quick else None]:
         (ours, theirs), (x, text) = both(size, setting), inputs(size, setting)
         timestep = torch.tensor([500.0], device=setting.device)
         run_ours = partial(ours, x, timestep, text)
         run_theirs = partial(velocity_of_theirs, theirs, x.to(setting.dtype), timestep, text)
-        mine, other, ratio = timed_pairs(run_ours, run_theirs, setting.pairs)
-        yield Row(f"DiT forward, {name}", mine, other, ratio, goal, "s", distance(run_ours(), run_theirs()))
+        run_twin = partial(plain_twin(ours), x, timestep, text)
+        others = {"": (run_theirs, goals[0]), TWO_WAY: (run_twin, goals[1])}
+        yield from compared(f"DiT forward, {name}", run_ours, others, setting)
 
 
 def velocity_of_theirs(dit: nn.Module, x: Tensor, timestep: Tensor, text: list[Tensor]) -> Tensor:

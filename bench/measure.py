@@ -1,9 +1,9 @@
-"""Pairs of measurements, ours and diffusers', as rows of a table."""
+"""Measurements of ours beside others', as rows of a table."""
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -39,6 +39,8 @@ class Row:
 
 
 Table = Callable[[Setting], Iterator[Row]]
+Run = Callable[[], Tensor]
+TWO_WAY = ", two-way"  # ends the name of a row whose other side is not diffusers but the twin in bench/two_way.py
 
 
 @torch.no_grad()
@@ -47,18 +49,32 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
 
 
-def timed_pairs(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], pairs: int) -> tuple[float, float, float]:
-    """Return the median seconds of each, and the median ratio of a pair; each is called once before.
+def compared(name: str, ours: Run, others: Mapping[str, tuple[Run, float | None]], setting: Setting) -> Iterator[Row]:
+    """Yield a row of seconds for each of the others, (what it runs, goal) by what the row's name ends in."""
+    runs = [ours, *(run for run, _ in others.values())]
+    result, *results = [run() for run in runs]
+    columns = timed_in_turn(runs, setting.pairs)
+    for (ending, (_, goal)), theirs, column in zip(others.items(), results, columns[1:], strict=True):
+        ratio = median(a / b for a, b in zip(columns[0], column, strict=True))
+        yield Row(f"{name}{ending}", median(columns[0]), median(column), ratio, goal, "s", distance(result, theirs))
 
-    In turn in one process, so that whatever else the machine does slows both.
-    """
+
+def timed_pairs(ours: Run, theirs: Run, pairs: int) -> tuple[float, float, float]:
+    """Return the median seconds of each, and the median ratio of a pair; each is called once before."""
     ours(), theirs()
-    times = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
-    mine, other = (median(column) for column in zip(*times, strict=True))
-    return mine, other, median(a / b for a, b in times)
+    mine, others = timed_in_turn([ours, theirs], pairs)
+    return median(mine), median(others), median(a / b for a, b in zip(mine, others, strict=True))
 
 
-def seconds(run: Callable[[], Tensor]) -> float:
+def timed_in_turn(runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    """Return the seconds of each call of each run.
+
+    In turn in one process, so that whatever else the machine does slows all of them.
+    """
+    return [list(column) for column in zip(*([seconds(run) for run in runs] for _ in range(rounds)), strict=True)]
+
+
+def seconds(run: Run) -> float:
     """Return how long a call takes until its result is there."""
     start = time.perf_counter()
     run().flatten()[0].item()  # waits for a GPU
@@ -67,7 +83,7 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 def show(rows: Iterable[Row]) -> list[Row]:
     """Print the rows as a Markdown table, each as soon as it is there, and return them."""
-    print("| | ours | diffusers | ratio | goal | relative distance |\n|---|---|---|---|---|---|")
+    print("| | ours | theirs | ratio | goal | relative distance |\n|---|---|---|---|---|---|")
     shown = []
     for row in rows:
         numbers = " | ".join(f"{number:.4g} {row.unit}" for number in (row.ours, row.theirs))

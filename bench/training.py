@@ -1,4 +1,4 @@
-"""Compare a LoRA training step with the same through diffusers' DiT: seconds, and bytes kept for the backward pass.
+"""Compare a LoRA's training step with the same through diffusers' DiT and the plain twin: seconds, and bytes kept.
 
 python -m bench.training
 """
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.dit import Size, both, inputs
-from bench.measure import Row, Setting, distance, main, timed_pairs
+from bench.measure import TWO_WAY, Row, Setting, compared, main
+from bench.two_way import plain_twin
 from networks.lora import LoRABranch
 from tests.diffusers_dit import padded
 
@@ -49,10 +50,13 @@ def kept_bytes(run: Callable[[], Tensor], blocks: nn.ModuleList) -> int:
 
 def rows(setting: Setting) -> Iterator[Row]:
     ours, theirs = both(SIZE, setting)
+    twin = plain_twin(ours)
     x, text = inputs(SIZE, setting)
     timestep = torch.tensor([500.0], device=setting.device)
     padded_text, wanted = padded(text), torch.zeros_like(x)
-    trained = add_branches(ours.blocks), add_branches(theirs.blocks)
+    dits = {"": theirs, TWO_WAY: twin}
+    trained = {ending: add_branches(dit.blocks) for ending, dit in dits.items()}
+    trained_ours = add_branches(ours.blocks)
 
     def run_ours() -> Tensor:
         return (ours(x, timestep, text) - wanted).square().mean()
@@ -61,26 +65,33 @@ def rows(setting: Setting) -> Iterator[Row]:
         out = theirs(x.to(setting.dtype), timestep, padded_text, return_dict=False)[0]
         return (out.float() - wanted).square().mean()
 
-    mine, other = kept_bytes(run_ours, ours.blocks), kept_bytes(run_theirs, theirs.blocks)
-    name = f"LoRA training, d={SIZE.dim}, S=512"
-    unit = "MB"
-    yield Row(f"{name}: kept for the backward pass", mine / 1e6, other / 1e6, mine / other, 0.45, unit)
+    def run_twin() -> Tensor:
+        return (twin(x, timestep, text) - wanted).square().mean()
 
-    ours.gradient_checkpointing = True
+    runs = {"": run_theirs, TWO_WAY: run_twin}
+    name, unit = f"LoRA training, d={SIZE.dim}, S=512", "MB"
+    mine = kept_bytes(run_ours, ours.blocks)
+    for ending, run in runs.items():
+        other = kept_bytes(run, dits[ending].blocks)
+        label = f"{name}: kept for the backward pass{ending}"
+        yield Row(label, mine / 1e6, other / 1e6, mine / other, 0.45, unit)
+
+    ours.gradient_checkpointing = twin.gradient_checkpointing = True
     theirs.enable_gradient_checkpointing()
-    ours.train(), theirs.train()
+    for dit in (ours, *dits.values()):
+        dit.train()
 
     def step(run: Callable[[], Tensor], weights: list[nn.Parameter]) -> Callable[[], Tensor]:
         def stepped() -> Tensor:
+            """Return the norm of each kind of gradient: the layers come in another order."""
             gradients = torch.autograd.grad(run(), weights)
-            return torch.cat([gradient.flatten() for gradient in gradients])
+            return torch.stack([torch.cat([g.flatten() for g in gradients[i::2]]).norm() for i in range(2)])
 
         return stepped
 
-    step_ours, step_theirs = step(run_ours, trained[0]), step(run_theirs, trained[1])
-    mine, other, ratio = timed_pairs(step_ours, step_theirs, setting.pairs)
-    norms = step_ours().norm(), step_theirs().norm()  # the layers come in another order
-    yield Row(f"{name}, checkpointed step", mine, other, ratio, 0.85, "s", distance(*norms))
+    goals = {"": 0.85, TWO_WAY: 0.7}
+    others = {ending: (step(run, trained[ending]), goals[ending]) for ending, run in runs.items()}
+    yield from compared(f"{name}, checkpointed step", step(run_ours, trained_ours), others, setting)
 
 
 if __name__ == "__main__":

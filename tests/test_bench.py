@@ -5,18 +5,20 @@ import json
 import pytest
 import torch
 
-from bench import denoise, dit, measure, training, vae
+from bench import denoise, dit, measure, swapping, training, vae
 from bench.dit import Size
 from bench.measure import Row, Setting
+from tests.tiny import state_dict
 
 SMALL = Size(64, 96, 2, 2, 32, (1, 4, 4))
 
 
 @pytest.mark.parametrize("table", [dit, denoise])
-def test_both_sides_come_to_the_same_result(table, monkeypatch):
-    monkeypatch.setattr(table, "SIZES", {"small": (SMALL, 0.5) if table is dit else SMALL})
-    (row,) = table.rows(Setting(pairs=1))
-    assert row.distance < 2e-5 and row.ours > 0 < row.theirs and row.unit == "s"
+def test_all_sides_come_to_the_same_result(table, monkeypatch):
+    monkeypatch.setattr(table, "SIZES", {"small": (SMALL, 0.5, 0.4) if table is dit else SMALL})
+    rows = list(table.rows(Setting(pairs=1)))
+    assert [row.name.endswith(", two-way") for row in rows] == [False, True]
+    assert all(row.distance < 2e-5 and row.ours > 0 < row.theirs and row.unit == "s" for row in rows)
 
 
 def test_both_vaes_come_to_the_same_latents_and_frames(monkeypatch):
@@ -25,10 +27,20 @@ def test_both_vaes_come_to_the_same_latents_and_frames(monkeypatch):
     assert max(encoded.distance, decoded.distance) < 1e-5 and (encoded.goal, decoded.goal) == (0.9, None)
 
 
-def test_a_training_step_has_the_same_gradients_on_both_sides(monkeypatch):
+def test_a_training_step_has_the_same_gradients_on_all_sides(monkeypatch):
     monkeypatch.setattr(training, "SIZE", SMALL)
-    kept, step = training.rows(Setting(pairs=1))
-    assert kept.unit == "MB" and step.distance < 1e-5
+    kept, kept_two_way, step, step_two_way = training.rows(Setting(pairs=1))
+    assert kept.unit == kept_two_way.unit == "MB" and max(step.distance, step_two_way.distance) < 1e-5
+
+
+def test_swapped_bytes_are_those_of_the_blocks_once_twice_and_four_times(monkeypatch):
+    monkeypatch.setattr(swapping, "SIZE", SMALL)
+    theirs, two_way = swapping.rows(Setting())
+    blocks = state_dict("dit_t2v", dim=64, ffn=96, blocks=2, text=32)
+    size = sum(tensor.nbytes for name, tensor in blocks.items() if name.startswith("blocks.")) / 1e6
+    assert (theirs.theirs, two_way.theirs) == pytest.approx((2 * size, 4 * size))
+    assert theirs.ours == two_way.ours <= 1.01 * size  # the ring rounds sizes up
+    assert max(theirs.distance, two_way.distance) < 2e-5
 
 
 def test_bytes_kept_for_the_backward_pass_are_those_of_activations():
