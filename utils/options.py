@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -189,6 +187,8 @@ def _path(word: str) -> Path:
 
 def _read_config_file(path: Path, groups: Sequence[type]) -> dict[str, Any]:
     """Return the options in a TOML file, checked like typed ones; tables are flattened, the last one wins."""
+    import toml  # by whoever reads such a file alone: bench/gpu.py runs where it is not installed
+
     path = path if path.suffix.lower() == ".toml" else path.with_name(path.name + ".toml")
     try:
         content = toml.loads(path.read_text(encoding="utf-8"))
