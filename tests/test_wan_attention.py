@@ -1,13 +1,25 @@
 """One attention over several kernels; the optional libraries are played by doubles with their signatures."""
 
+import re
 import sys
 import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from utils.errors import UserError
-from wan.attention import ATTENTION_MODES, attention, check_attention
+from wan.attention import (
+    ATTENTION_MODES,
+    KERNELS,
+    attention,
+    check_attention,
+    describe_attention,
+    kernel_order,
+    sdpa_order,
+)
 
 OPTIONAL = [mode for mode, backend in ATTENTION_MODES.items() if backend.module]
 
@@ -127,9 +139,98 @@ def test_sageattention_refuses_to_lose_a_gradient(doubles):
         attention(q.requires_grad_(), k, v, mode="sageattn")
 
 
+# -------------------------------------------------------------------------------------- back-ends that are installed
+def installed(mode: str) -> str:
+    """Return the device on which a mode can be tried here, or skip the test."""
+    module = ATTENTION_MODES[mode].module
+    if module:
+        pytest.importorskip(module, reason=f"{module} is not installed")
+        if not torch.cuda.is_available():
+            pytest.skip(f"{module} needs a CUDA device")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def computed(attend, *tensors: Tensor) -> list[Tensor]:
+    """Return what an attention computes and its gradients for q, k and v, float64."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = attend(*tensors)
+    out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype))
+    return [x.double() for x in (out.detach(), *(tensor.grad for tensor in tensors))]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["torch", *OPTIONAL])
+def test_each_installed_back_end_computes_the_plain_softmax_and_its_gradient(mode, dtype, split):
+    tensors = inputs(dtype, installed(mode))
+    exact = computed(formula, *(tensor.double() for tensor in tensors))
+    tolerance = 1e-5 if dtype == torch.float32 and not ATTENTION_MODES[mode].half_only else 2e-2
+    if mode == "sageattn":
+        out = attention(*tensors, mode=mode, split=split).double()
+        assert (out - exact[0]).norm() / exact[0].norm() < 5 * tolerance, "it computes in 8 bits"
+        return
+    found = computed(lambda *qkv: attention(*qkv, mode=mode, split=split), *tensors)
+    for got, want in zip(found, exact, strict=True):
+        assert (got - want).norm() / want.norm() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_each_of_torchs_kernels_computes_the_plain_softmax_and_its_gradient(device, name, dtype):
+    tensors = inputs(dtype, device)
+    exact = computed(formula, *(tensor.double() for tensor in tensors))
+
+    def attend(*qkv: Tensor) -> Tensor:
+        with sdpa_kernel(KERNELS[name].backend):
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+    try:
+        found = computed(attend, *tensors)
+    except RuntimeError as error:
+        assert re.match("No (available kernel|viable backend)", str(error)), error
+        pytest.skip(f"torch's {name} kernel does not take {dtype} on this {device}")
+    for got, want in zip(found, exact, strict=True):
+        assert (got - want).norm() / want.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+# ------------------------------------------------------------------------------------------- which of torch's kernels
+def test_cudnn_comes_first_where_it_is_the_fastest_and_no_kernel_is_left_out():
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0)):
+        assert kernel_order(capability)[0] == "flash"
+    for capability in ((9, 0), (10, 0)):
+        assert kernel_order(capability)[:2] == ("cuDNN", "flash")
+    assert all(set(kernel_order(capability)) == set(KERNELS) for capability in ((8, 0), (9, 0)))
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9)])
+def test_torch_tries_its_kernels_in_that_order_on_a_gpu_and_in_its_own_after_that(monkeypatch, capability):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    own = torch._C._get_sdp_priority_order()
+    with sdpa_order(torch.device("cuda")):
+        order = torch._C._get_sdp_priority_order()
+        assert order[:4] == [int(KERNELS[name].backend) for name in kernel_order(capability)]
+    assert torch._C._get_sdp_priority_order() == own
+    with sdpa_order(torch.device("cpu")):
+        assert torch._C._get_sdp_priority_order() == own
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", OPTIONAL)
-def test_an_installed_library_computes_what_torch_computes(mode):
-    pytest.importorskip(ATTENTION_MODES[mode].module)
-    tensors = inputs(torch.bfloat16, "cuda")
-    torch.testing.assert_close(attention(*tensors, mode=mode), attention(*tensors), rtol=5e-2, atol=5e-2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_that_the_log_names_is_the_one_that_runs(dtype):
+    device = torch.device("cuda")
+    text = describe_attention("torch", device, dtype, 128)
+    qkv = (torch.randn(1, 256, 2, 128, device=device, dtype=dtype) for _ in "qkv")
+    with torch.profiler.profile() as profile:
+        attention(*qkv)
+    marks = {"cuDNN": "cudnn", "flash": "flash", "memory-efficient": "efficient", "plain": "attention_math"}
+    taken = next(name for name in marks if f"torch's {name} kernel" in text)
+    assert any(marks[taken] in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("mode", ["torch", *sorted({*OPTIONAL} - {"sageattn"})])
+def test_a_compiler_sees_each_back_end_as_one_piece(mode, doubles):
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    for bias in (None, torch.zeros(2, 33))[: 2 if mode == "torch" else 1]:
+        tensors = inputs(torch.bfloat16)
+        torch.testing.assert_close(compiled(*tensors, mode=mode, bias=bias), attention(*tensors, mode=mode, bias=bias))

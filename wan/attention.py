@@ -1,5 +1,6 @@
 """One attention() over several kernels; the optional libraries are imported here and nowhere else."""
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from utils.devices import dtype_name
 from utils.errors import UserError
 
 
@@ -57,14 +61,52 @@ def check_attention(mode: str, option: str) -> None:
         ) from None
 
 
+def kernel_order(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Return the names of torch's kernels in the order to try them in on a GPU of this compute capability.
+
+    A kernel that cannot take the tensors, such as float32 or those with a bias, is passed over.
+    """
+    return _CUDNN_FIRST if capability in _BEST_WITH_CUDNN else _FLASH_FIRST
+
+
+def sdpa_order(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which torch tries its kernels in the order that suits the device.
+
+    Code to be compiled must be called in it: in the compiled code itself it does nothing, since torch 2.6 would trace
+    it without the order.
+    """
+    if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    names = kernel_order(torch.cuda.get_device_capability(device))
+    return sdpa_kernel([KERNELS[name].backend for name in names], set_priority=True)
+
+
+def describe_attention(mode: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Return which kernel videos will be attended to by, for the log."""
+    if ATTENTION_MODES[mode].run is not _torch:
+        return mode
+    if device.type != "cuda" or torch.version.hip:
+        return "torch's own"
+    capability = torch.cuda.get_device_capability(device)
+    names = kernel_order(capability)
+    tensor = torch.empty(1, 1, 256, head_dim, dtype=dtype, device=device)
+    params = cuda.SDPAParams(tensor, tensor, tensor, None, 0.0, False, False)
+    taken = next((name for name in names if KERNELS[name].usable(params)), names[-1])
+    gpu = "compute capability {}.{}".format(*capability)
+    return f"torch's {taken} kernel, the first of {', '.join(names)} that takes {dtype_name(dtype)} ({gpu})"
+
+
 def _torch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
+    with sdpa_order(q.device):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
     return out.transpose(1, 2)
 
 
+# Imported where they are called, by statements, which torch.compile can follow.
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    ops = importlib.import_module("xformers.ops")
-    return ops.memory_efficient_attention(q, k, v)
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v)
 
 
 def _sageattn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,21 +114,26 @@ def _sageattn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The kernel has no backward and would cut the gradient off without a word.
         raise UserError("sageattn cannot be trained through", "train with sdpa, xformers, flash2 or flash3")
     # Through the entry for ragged batches: the other one has given NaN on image-to-video input.
-    sage = importlib.import_module("sageattention")
+    from sageattention import sageattn_varlen
+
     starts = [
         torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1]  # where each sample begins
         for x in (q, k)
     ]
-    out = sage.sageattn_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *starts, q.shape[1], k.shape[1])
+    out = sageattn_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *starts, q.shape[1], k.shape[1])
     return out.view_as(q)
 
 
 def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return importlib.import_module("flash_attn").flash_attn_func(q, k, v)
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = importlib.import_module("flash_attn_interface").flash_attn_func(q, k, v)
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v)
     return out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp too
 
 
@@ -99,6 +146,26 @@ class Backend:
     fix: str = ""
     half_only: bool = False
 
+
+@dataclass(frozen=True)
+class Kernel:
+    """One of torch's own kernels, and what tells whether it takes some tensors."""
+
+    backend: SDPBackend
+    usable: Callable[[cuda.SDPAParams], bool]
+
+
+KERNELS = {
+    "cuDNN": Kernel(SDPBackend.CUDNN_ATTENTION, cuda.can_use_cudnn_attention),
+    "flash": Kernel(SDPBackend.FLASH_ATTENTION, cuda.can_use_flash_attention),
+    "memory-efficient": Kernel(SDPBackend.EFFICIENT_ATTENTION, cuda.can_use_efficient_attention),
+    "plain": Kernel(SDPBackend.MATH, lambda params: True),
+}
+_CUDNN_FIRST = ("cuDNN", "flash", "memory-efficient", "plain")
+_FLASH_FIRST = ("flash", "memory-efficient", "cuDNN", "plain")
+# Data-center Hopper and Blackwell, for which torch's flash kernel, FlashAttention 2, is not made: cuDNN's is 1.5 times
+# as fast there. On others, consumer Blackwell among them, it is the slower one.
+_BEST_WITH_CUDNN = {(9, 0), (10, 0), (10, 3)}
 
 _TORCH = Backend(_torch)
 _FLASH2 = Backend(_flash2, "flash_attn", "install it: pip install flash-attn --no-build-isolation", half_only=True)

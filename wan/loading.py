@@ -16,6 +16,7 @@ from utils.devices import dtype_name
 from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
+from wan.attention import describe_attention
 from wan.block_swap import Device, SwapOptions, stream_blocks, streamed_blocks, streaming_device
 from wan.configs import TASKS, WanConfig
 from wan.fp8 import (
@@ -85,6 +86,8 @@ def load_dit(
         swapped = streamed_blocks(shape.blocks, swap.blocks_to_swap)
         model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled, swapped)
     model.attn_mode, model.split_attn = attn_mode, split_attn
+    head_dim = shape.dim // shape.heads
+    logger.info("attention: %s", describe_attention(attn_mode, torch.device(device), dtype, head_dim))
     if swapped:
         pinned = swap.use_pinned_memory_for_block_swap
         (hold or stream_blocks)(model, swapped, swap.slots, streaming_device(device, pinned))
