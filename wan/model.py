@@ -244,13 +244,30 @@ class WanAttentionBlock(nn.Module):
 
         modulation [6 B D], float32: shift, scale and gate of self-attention, then of the MLP. rope: see rotate().
         """
-        dtype = context.text.dtype
+        keys_values = self.cross_attn.keys_values(context, x.shape[1])
+        return self.compute(x, modulation, rope, keys_values, context.text_bias, attn_mode, split_attn)
+
+    def compute(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        keys_values: tuple[Tensor, ...],
+        text_bias: Tensor | None,
+        attn_mode: str,
+        split_attn: bool,
+    ) -> Tensor:
+        """Return what forward() does, given what is looked at as keys and values: tensors in and a tensor out.
+
+        All that takes time, without what is kept from one call to the next; so it can be compiled.
+        """
+        dtype = keys_values[0].dtype
         own = rearrange(self.modulation.float(), "1 six d -> six 1 d")
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = own + modulation
         how = attn_mode, split_attn
         h = modulated_norm(x, shift_attn, scale_attn, self.eps).to(dtype)
         x = gated_sum(x, self.self_attn(h, rope, *how), gate_attn)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context, *how)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), keys_values, text_bias, *how)
         h = modulated_norm(x, shift_ffn, scale_ffn, self.eps).to(dtype)
         return gated_sum(x, self.ffn(h), gate_ffn)
 
@@ -284,11 +301,18 @@ class CrossAttention(SelfAttention):
             self.k_img, self.v_img = (nn.Linear(shape.dim, shape.dim) for _ in "kv")
             self.norm_k_img = nn.RMSNorm(shape.dim, shape.eps)
 
-    def forward(self, x: Tensor, context: Context, attn_mode: str = "torch", split_attn: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, ...],
+        text_bias: Tensor | None = None,
+        attn_mode: str = "torch",
+        split_attn: bool = False,
+    ) -> Tensor:
         """Let the video's tokens x [B L D] look at the text, and separately at the pictures; the sum of both."""
         q = self._heads(self.norm_q(self.q(x)))
-        k, v, *images = self.keys_values(context, x.shape[1])
-        out = attention(q, k, v, attn_mode, split_attn, context.text_bias)
+        k, v, *images = keys_values
+        out = attention(q, k, v, attn_mode, split_attn, text_bias)
         if images:
             out = out + attention(q, *images, attn_mode, split_attn)
         return self.o(rearrange(out, "b l h d -> b l (h d)"))
