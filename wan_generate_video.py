@@ -7,7 +7,7 @@ For image to video add --task i2v-14B --clip PATH --image_path PATH. docs/wan.md
 On several GPUs: torchrun --nproc_per_node 2 wan_generate_video.py ...
 """
 
-from modules.generation import LoraOptions, Models, RunOptions, SamplingOptions, generate
+from modules.generation import GenerationCompileOptions, LoraOptions, Models, RunOptions, SamplingOptions, generate
 from modules.generation_plan import check_generation, decode_files, plan_results
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
@@ -30,7 +30,7 @@ def main() -> None:
 
 def plan_run(processes: Processes) -> tuple | None:
     """Return what generate() needs to know, checked; None where saved latents were to be decoded, and are."""
-    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap = parse_options(
+    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap, compiling = parse_options(
         __doc__,
         PromptOptions,
         OutputOptions,
@@ -42,8 +42,10 @@ def plan_run(processes: Processes) -> tuple | None:
         ClipOptions,
         RunOptions,
         SwapOptions,
+        GenerationCompileOptions,
     )
-    models = Models(TASKS[dit.task], processes.device(run.device), dit, vae, t5, clip, lora, run, swap)
+    device = processes.device(run.device)
+    models = Models(TASKS[dit.task], device, dit, vae, t5, clip, lora, run, swap, compiling.resolved())
     if outputs.latent_path:
         decode_files(models, outputs)
         return None

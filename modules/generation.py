@@ -26,11 +26,12 @@ from modules.solvers import SOLVERS, Step, Velocity, sample
 from networks.formats import weight_deltas
 from utils.devices import compute_dtype, parse_dtype, release_memory
 from utils.errors import UserError
-from utils.options import option
+from utils.options import option, suggest
 from utils.processes import Processes
 from wan.attention import ATTENTION_MODES
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions, load_clip
+from wan.compiling import DYNAMIC, MODES, CompileOptions
 from wan.conditioning import (
     control_condition,
     first_and_end_condition,
@@ -79,10 +80,29 @@ class RunOptions:
     )
     fp8: bool = option(False, "hold the DiT's linear weights as float8: half the memory, a little less exact")
     fp8_scaled: bool = option(False, "the same with a scale for each 64 weights, which is more exact")
-    compile: bool = option(False, "not available yet: torch.compile for the DiT")
+
+
+@dataclass(frozen=True)
+class GenerationCompileOptions(CompileOptions):
+    """torch.compile"""
+
     compile_args: tuple[str, str, str, str] | None = option(
-        None, "not available yet: settings of --compile", metavar=("BACKEND", "MODE", "DYNAMIC", "FULLGRAPH")
+        None, "deprecated: four of these options in one", metavar=("BACKEND", "MODE", "DYNAMIC", "FULLGRAPH")
     )
+
+    def resolved(self) -> CompileOptions:
+        if self.compile_args is None:
+            return super().resolved()
+        if not self.compile:
+            logger.warning("--compile_args: ignored without --compile")
+            return CompileOptions()
+        backend, *words = self.compile_args
+        mode, dynamic, fullgraph = words = [word.lower() for word in words]
+        choices = {"MODE": MODES, "DYNAMIC": DYNAMIC, "FULLGRAPH": ("true", "false")}
+        for (name, known), word in zip(choices.items(), words, strict=True):
+            if word not in known:
+                raise UserError(f"--compile_args: {name} is {word}", suggest(word, known) or f"use {', '.join(known)}")
+        return CompileOptions(True, backend, mode, dynamic, fullgraph == "true", self.compile_cache_size_limit)
 
 
 @dataclass(frozen=True)
@@ -119,6 +139,7 @@ class Models:
     lora: LoraOptions
     run: RunOptions
     swap: SwapOptions = SwapOptions()
+    compiling: CompileOptions = CompileOptions()
 
     def load_dit(self) -> WanModel:
         dtype = compute_dtype(dit_dtype(self.dit.dit), self.device)
@@ -133,6 +154,7 @@ class Models:
             fp8=self.run.fp8 or self.run.fp8_scaled,
             fp8_scaled=self.run.fp8_scaled,
             swap=self.swap,
+            compiling=self.compiling,
         )
 
     def load_vae(self) -> WanVAE:

@@ -14,7 +14,6 @@ import torch
 
 from modules.generation import (
     Models,
-    RunOptions,
     SamplingOptions,
     decode_all,
     decoded_frame_count,
@@ -33,6 +32,7 @@ from utils.files import require_file
 from utils.safetensors_io import open_tensors
 from wan.attention import check_attention
 from wan.block_swap import check_swap
+from wan.compiling import check_compile
 from wan.configs import WanConfig
 from wan.loading import check_dit, check_fp8
 from wan.model import WanModel, WanShape
@@ -55,7 +55,8 @@ def check_generation(
 
     processes: how many are to make each video together.
     """
-    _check_run(models.run)
+    check_attention(models.run.attn_mode, f"--attn_mode {models.run.attn_mode}")
+    check_compile(models.compiling, models.device)
     _check_sampling(requests, sampling)
     shape = check_dit(models.dit.dit, models.config)
     check_fp8(models.dit.dit, models.run.fp8 or models.run.fp8_scaled, models.run.fp8_scaled)
@@ -82,12 +83,6 @@ def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
     """Return whether anything is encoded to latents or decoded from them."""
     parts, _ = OUTPUT_TYPES[outputs.output_type]
     return bool(config.images) or config.control or parts != ("latent",)
-
-
-def _check_run(run: RunOptions) -> None:
-    if run.compile or run.compile_args:
-        raise UserError(f"--compile{'' if run.compile else '_args'}: is not available yet", fix="leave it out")
-    check_attention(run.attn_mode, f"--attn_mode {run.attn_mode}")
 
 
 def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> None:

@@ -18,6 +18,7 @@ from modules.trained import Trained
 from utils.errors import UserError
 from wan.attention import check_attention
 from wan.block_swap import check_swap
+from wan.compiling import CompileOptions, check_compile
 from wan.configs import TASKS, WanConfig
 from wan.loading import check_dit, dit_dtype
 from wan.model import WanShape
@@ -37,6 +38,7 @@ class Plan:
     mixed_precision: str
     dtype: torch.dtype  # that the DiT computes in
     attn_mode: str
+    compiling: CompileOptions
     samples: SamplePlan | None
 
 
@@ -47,6 +49,8 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     _check_numbers(options.training)
     check_timesteps(options.timesteps)
     attn_mode = choose_attention(options.attention)
+    compiling = options.compiling.resolved()
+    check_compile(compiling, device)
     datasets = load_config(options.data.dataset_config)
     shape = check_dit(options.dit.dit, config)
     check_saving(options.saving, options.metadata, options.dit.dit)
@@ -78,6 +82,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         mixed_precision=mixed_precision,
         dtype=dtype,
         attn_mode=attn_mode,
+        compiling=compiling,
         samples=samples,
     )
 

@@ -1,7 +1,10 @@
 """The options that all training runs have, by subject."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+from accelerate.utils import DynamoBackend
 
 from dataset.config import DatasetOptions
 from modules.checkpoints import MetadataOptions, SavingOptions
@@ -11,9 +14,12 @@ from modules.samples import SampleOptions
 from utils.options import option
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
+from wan.compiling import MODES, CompileOptions
 from wan.loading import DitOptions
 from wan.t5 import T5Options
 from wan.vae import VaeOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,39 @@ class AttentionOptions:
 
 
 @dataclass(frozen=True)
+class TrainingCompileOptions(CompileOptions):
+    """torch.compile"""
+
+    dynamo_backend: str = option(
+        "NO",
+        "the older --compile and --compile_backend in one; NO: neither",
+        choices=[backend.value for backend in DynamoBackend],
+        parse=str.upper,
+        metavar="NAME",
+    )
+    dynamo_mode: str | None = option(None, "the same as --compile_mode, for --dynamo_backend", choices=MODES)
+    dynamo_fullgraph: bool = option(False, "the same as --compile_fullgraph, for --dynamo_backend")
+    dynamo_dynamic: bool = option(False, "the same as --compile_dynamic true, for --dynamo_backend")
+
+    def resolved(self) -> CompileOptions:
+        given = self.dynamo_backend != "NO"
+        if self.compile or not given:
+            for name in ("dynamo_backend",) * given + ("dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic"):
+                if getattr(self, name):
+                    why = "beside --compile" if self.compile else "without --dynamo_backend"
+                    logger.warning("--%s: ignored %s", name, why)
+            return super().resolved()
+        return CompileOptions(
+            compile=True,
+            compile_backend=self.dynamo_backend.lower(),
+            compile_mode=self.dynamo_mode or "default",
+            compile_dynamic="true" if self.dynamo_dynamic else self.compile_dynamic,
+            compile_fullgraph=self.dynamo_fullgraph,
+            compile_cache_size_limit=self.compile_cache_size_limit,
+        )
+
+
+@dataclass(frozen=True)
 class LaterOptions:
     """not available yet"""
 
@@ -63,7 +102,6 @@ class LaterOptions:
     save_state: bool = option(False, "save the state of the run beside each file")
     save_state_on_train_end: bool = option(False, "save the state of the run at its end")
     resume: Path | None = option(None, "continue from a saved state")
-    compile: bool = option(False, "compile the DiT with torch.compile")
     huggingface_repo_id: str | None = option(None, "upload files to Hugging Face")
 
 
@@ -85,4 +123,5 @@ class TrainOptions:
     vae: VaeOptions
     t5: T5Options
     clip: ClipOptions
+    compiling: TrainingCompileOptions
     later: LaterOptions

@@ -85,6 +85,7 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
         fp8_scaled=options.precision.fp8_scaled,
         swap=options.swap,
         hold=trained.hold,
+        compiling=plan.compiling,
     )
     return Trainer(plan, dit, accelerator, sampler)
 

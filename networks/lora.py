@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -148,18 +147,13 @@ class LoRANetwork(nn.Module):
         layers = {lora_name(path): layer for path, layer in linear_layers(model).items()}
         self.check({name: (layer.in_features, layer.out_features) for name, layer in layers.items()})
         for name, branch in self.branches():
-            self._restore.append(_attach(layers[name], partial(self._adapted, branch, layers[name].forward)))
+            self._restore.append(_attach(layers[name], _Adapted(self, branch, layers[name].forward).forward))
 
     def detach(self) -> None:
         """Give the model its own forwards back."""
         for restore in self._restore:
             restore()
         self._restore = []
-
-    def _adapted(self, branch: LoRABranch, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.multiplier == 0 or branch.skipped():
-            return original(x)
-        return original(x) + branch(x, self.multiplier)
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise UserError unless every branch has a layer of its size; sizes: (inputs, outputs) by LoRA name."""
@@ -201,6 +195,21 @@ class LoRANetwork(nn.Module):
                 branch.lora_up.weight *= ratio
         norms = norms * ratios
         return int((ratios < 1).sum()), norms.mean().item(), norms.max().item()
+
+
+class _Adapted:
+    """A layer's forward and the branch beside it.
+
+    A bound method, because torch.compile then makes the same code serve the layers of all blocks; not so a partial.
+    """
+
+    def __init__(self, network: LoRANetwork, branch: LoRABranch, original: Callable[[Tensor], Tensor]):
+        self.network, self.branch, self.original = network, branch, original
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.network.multiplier == 0 or self.branch.skipped():
+            return self.original(x)
+        return self.original(x) + self.branch(x, self.network.multiplier)
 
 
 def _attach(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:

@@ -22,6 +22,7 @@ from wan.configs import TASKS
 from wan.loading import load_dit
 
 BASE = "--task t2v-1.3B --max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3"
+COMPILED = " --compile --compile_backend aot_eager --compile_fullgraph"
 
 
 @pytest.fixture
@@ -59,6 +60,13 @@ def test_the_dit_learns_to_tell_noise_from_the_videos_it_sees(trainer):
     trained(untouched)
     assert sum(run.losses) < 0.5 * sum(untouched.losses)
     assert all(not torch.equal(before[name], value) for name, value in run.dit.state_dict().items())
+
+
+@pytest.mark.parametrize("more", ["--full_bf16", "--fused_backward_pass"])
+def test_compiled_blocks_are_trained_the_same_bit_by_bit(trainer, more):
+    options = f"--learning_rate 1e-3 --max_train_steps 1 --gradient_checkpointing {more}"
+    plain, compiled = (load_file(trained(trainer(options + flags))) for flags in ("", COMPILED))
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
 
 
 def test_the_file_is_the_live_model_with_its_keys_and_number_of_heads(trainer, models):

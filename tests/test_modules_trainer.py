@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from dataset.loader import Batch, CachedItem
 from modules.lora_training import NetworkOptions, TrainedLora
@@ -140,6 +141,19 @@ def test_swapped_blocks_train_the_same_lora_bit_by_bit(trainer, recipe, tmp_path
         loras.append(_lora(run))
     for lora in loras[1:]:
         assert all(torch.equal(lora[key], loras[0][key]) for key in loras[0])
+
+
+def test_compiled_blocks_train_the_same_lora_bit_by_bit(trainer):
+    options = "--max_train_steps 1 --learning_rate 1e-3 --network_dropout 0.1 --gradient_checkpointing"
+    loras = []
+    for flags in ("", "--blocks_to_swap 1 --dynamo_backend AOT_EAGER --dynamo_fullgraph"):
+        torch._dynamo.reset()
+        counters.clear()
+        run = trainer(f"{options} {flags}")
+        run.run()
+        loras.append(_lora(run))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert all(torch.equal(loras[0][key], loras[1][key]) for key in loras[0])
 
 
 def test_training_starts_from_a_lora_with_its_ranks_and_alphas(trainer, recipe, tmp_path):
@@ -322,6 +336,7 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--blocks_to_swap -1", "--blocks_to_swap -1: must not be negative."),
         ("--blocks_to_swap 2 --block_swap_ring_size 0", "--block_swap_ring_size 0: there must be room"),
         ("--resume state", "--resume: is not available yet. Leave it out."),
+        ("--dynamo_backend OFI", "--compile_backend ofi: is not one that torch"),
         ("--max_train_steps 0", "--max_train_steps 0: must be at least 1."),
         (
             "--min_timestep 900 --max_timestep 100",

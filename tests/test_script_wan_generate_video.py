@@ -340,6 +340,15 @@ def test_wrong_options_are_one_line_of_the_first_process_and_help_is_shown_once(
     assert codes == [0, 0] and said.count("usage: ") == 1
 
 
+def test_compiled_blocks_make_the_same_latents_bit_by_bit(generate, lora, tmp_path):
+    compiled = {"compile": True, "compile_args": ["aot_eager", "default", "auto", "true"]}
+    for name, more in (("plain", {}), ("compiled", compiled), ("swapped", {**compiled, "blocks_to_swap": 2})):
+        path = tmp_path / f"{name}.safetensors"
+        generate(save_path=path, output_type="latent", vae=None, lora_weight=[lora], fp8_scaled=True, **more)
+    plain, *others = (latent_of(tmp_path / f"{name}.safetensors") for name in ("plain", "compiled", "swapped"))
+    assert all(torch.equal(plain, other) for other in others)
+
+
 def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, caplog, tmp_path):
     slg = {"slg_mode": "original", "slg_end": 1.0, "output_type": "latent", "vae": None}
     for name, more in (("plain", {"output_type": "latent"}), ("ignored", slg), ("used", {**slg, "slg_layers": "1"})):
@@ -364,8 +373,11 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
         ({"dit": "dit_i2v"}, "image-to-video model"),
         ({"blocks_to_swap": 3}, "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer."),
         ({"blocks_to_swap": 1, "block_swap_ring_size": 2}, "--block_swap_ring_size 2: is more than --blocks_to_swap 1"),
-        ({"compile": True}, "--compile: is not available yet"),
-        ({"compile_args": ["inductor", "default", "False", "False"]}, "--compile_args: is not available yet"),
+        ({"compile": True, "compile_backend": "inducter"}, "--compile_backend inducter: is not one that torch"),
+        (
+            {"compile": True, "compile_args": ["inductor", "fast", "False", "False"]},
+            "--compile_args: MODE is fast. Use default, reduce-overhead,",
+        ),
         ({"attn_mode": "flash3"}, "--attn_mode flash3: flash_attn_interface is not installed"),
         ({"lora_multiplier": [1.0]}, "--lora_multiplier: 1 numbers for 0 LoRA files"),
         ({"lora_weight": ["nothing.safetensors"]}, "--lora_weight nothing.safetensors: no such file"),

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.exc
+import torch._inductor.exc
 from safetensors.torch import save_file
 
 from utils.devices import default_device
@@ -86,6 +88,14 @@ def test_a_folder_that_cannot_hold_files_is_named_with_the_reason(tmp_path):
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total of 8 GiB."),
             "not enough GPU memory (CUDA out of memory. Tried to allocate 20.00 MiB). See docs/memory.md",
+        ),
+        (
+            torch._dynamo.exc.Unsupported("Data-dependent branching\n  Explanation: pages of it"),
+            "a block of the DiT could not be compiled (Data-dependent branching). Run without --compile and",
+        ),
+        (
+            torch._inductor.exc.CppCompileError(["g++", "x.cpp"], "Python.h: No such file\ncompilation terminated"),
+            "a block of the DiT could not be compiled (Python.h: No such file). Run without --compile and",
         ),
         (UserError("--vae x: what is it?", "use y"), "--vae x: what is it? Use y."),
     ],

@@ -30,7 +30,8 @@ class UserError(Exception):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main() and exit: 0, 130 after Ctrl-C, 2 after an error that people can mend.
 
-    Those take one line without a traceback: a UserError, a file that cannot be read or written, too little GPU memory.
+    Those take one line without a traceback: a UserError, a file that cannot be read or written, too little GPU memory,
+    what torch.compile cannot do.
     """
     set_up_logging()
     try:
@@ -58,12 +59,28 @@ def explain(error: BaseException) -> int | None:
     if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":  # torch's; --help is not to wait
         problem = str(error).partition(". GPU ")[0]  # what follows counts the memory of every process
         return explain(UserError(f"not enough GPU memory ({problem})", "see docs/memory.md for what saves some"))
+    if any(base.__module__.startswith(_COMPILERS) for base in type(error).__mro__):
+        fix = "run without --compile and --dynamo_backend; with TORCHDYNAMO_VERBOSE=1 torch says more"
+        return explain(UserError(f"a block of the DiT could not be compiled ({_compiler_said(error)})", fix))
     return None
 
 
 def _say(line: str, code: int) -> int:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return code
+
+
+_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch")
+
+
+def _compiler_said(error: Exception) -> str:
+    """Return the one line that says most: of a compiler's output the first, else the one below "raised:", or the first.
+
+    All that torch says is pages, with the generated code and the whole command of the compiler.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    heads = [number for number, line in enumerate(lines[:-1]) if line == "Output:" or line.endswith(" raised:")]
+    return lines[heads[-1] + 1 if heads else 0][:300]
 
 
 _FREE_SPACE = "free some space and run again"

@@ -18,6 +18,7 @@ from utils.options import option
 from utils.safetensors_io import open_tensors
 from wan.attention import describe_attention
 from wan.block_swap import Device, SwapOptions, stream_blocks, streamed_blocks, streaming_device
+from wan.compiling import CompileOptions, compile_blocks
 from wan.configs import TASKS, WanConfig
 from wan.fp8 import (
     FLOAT8,
@@ -69,6 +70,7 @@ def load_dit(
     swap: SwapOptions | None = None,
     option: str = "--dit",
     hold: Callable[[WanModel, Sequence[int], int, Device], None] | None = None,
+    compiling: CompileOptions | None = None,
 ) -> WanModel:
     """Return the DiT of a file, frozen, on the device, with linear layers that compute in `dtype`.
 
@@ -76,7 +78,8 @@ def load_dit(
     added in float32 before the weight is cast or quantised. fp8: hold the blocks' linear weights as float8;
     fp8_scaled: with a scale for each 64 inputs. swap: the blocks that are held in main memory, none of which is ever on
     the device as a whole but by its place in the ring; hold: what makes the model run with them there,
-    where they are not going to stay as they are. Peak memory is the model and one tensor, or one swapped block.
+    where they are not going to stay as they are. compiling: whether and how its blocks are compiled, in the first pass
+    and not here. Peak memory is the model and one tensor, or one swapped block.
     """
     swap = swap or SwapOptions()
     with open_tensors(path, option, "the DiT's weights") as file:
@@ -88,6 +91,8 @@ def load_dit(
     model.attn_mode, model.split_attn = attn_mode, split_attn
     head_dim = shape.dim // shape.heads
     logger.info("attention: %s", describe_attention(attn_mode, torch.device(device), dtype, head_dim))
+    if compiling and compiling.compile:
+        compile_blocks(model, compiling)
     if swapped:
         pinned = swap.use_pinned_memory_for_block_swap
         (hold or stream_blocks)(model, swapped, swap.slots, streaming_device(device, pinned))
