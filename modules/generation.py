@@ -411,7 +411,7 @@ def denoise_all(
     dit, processes = models.load_dit(), processes or Processes()
     if processes.count > 1:
         guided = any(is_guided(request, models.config, sampling) for request in requests)
-        share_out(dit, processes.rank, processes.count, guided)
+        share_out(dit, processes.rank, processes.count, guided, models.compiling.compile)
     latents: list[Tensor] = []
     steps, silent = sum(request.steps for request in requests), not processes.is_first
     with (

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.forked import fork, needs_fork
-from tests.together import CASES, make, make_all
+from tests.together import CASES, COMPILED, make, make_all
 from utils.errors import UserError
 from utils.processes import Processes
 from wan.parallel import Split, split_of
@@ -107,3 +107,11 @@ def test_two_and_three_processes_make_what_one_makes(alone, heads, processes, ho
     assert codes == [0] * processes, said
     assert f"{processes} processes: {how}" in said
     assert_same(folder, processes, latents)
+
+
+@needs_fork
+def test_processes_that_share_tokens_can_compile_what_is_between_their_exchanges(alone):
+    folder, latents = alone[4]
+    codes, said = fork(partial(make_all, folder, COMPILED), folder, 2)
+    assert codes == [0, 0], said
+    assert_same(folder, 2, {"compiled": latents["guided"]})

@@ -32,6 +32,7 @@ from utils.errors import run_script
 from utils.processes import Processes, joined
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
+from wan.compiling import CompileOptions
 from wan.configs import TASKS
 from wan.loading import DitOptions
 from wan.t5 import T5Options
@@ -48,6 +49,7 @@ class Case:
     asked: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     swap: dict[str, Any] = field(default_factory=dict)
+    compiling: dict[str, Any] = field(default_factory=dict)
 
 
 SLG = {"slg_mode": "original", "slg_layers": "1", "slg_end": 0.5}
@@ -60,6 +62,7 @@ CASES = {
     "some unguided steps": Case(sampling={"cfg_skip_mode": "late", "cfg_apply_ratio": 0.5}),
     "swapped": Case("i2v-14B", "dit_i2v", swap={"blocks_to_swap": 2, "block_swap_ring_size": 1}),
 }
+COMPILED = {"compiled": Case(compiling={"compile": True, "compile_backend": "aot_eager"})}
 
 
 def make(case: Case, folder: Path, processes: Processes) -> list[Tensor]:
@@ -75,6 +78,7 @@ def make(case: Case, folder: Path, processes: Processes) -> list[Tensor]:
         LoraOptions(),
         RunOptions(device="cpu", **case.run),
         SwapOptions(**case.swap),
+        CompileOptions(**case.compiling),
     )
     settings = {"width": 96, "height": 64, "frames": 5, "steps": 2, "flow_shift": 5.0, "guidance_scale": 5.0, "seed": 7}
     settings |= {"image": folder / "start.png" if config.images else None} | case.asked
@@ -97,7 +101,7 @@ def make_all(folder: Path, names: Iterable[str] = CASES) -> None:
     """Make the cases and write the latents."""
     with joined() as processes:
         for name in names:
-            latents = make(CASES[name], folder, processes)
+            latents = make((CASES | COMPILED)[name], folder, processes)
             if processes.is_first:
                 tensors = {str(i): latent for i, latent in enumerate(latents)}
                 save_file(tensors, folder / f"{name}_{processes.count}.safetensors")

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
 from utils.errors import UserError
 from utils.processes import answered
+from wan.attention import attention
 from wan.model import WanModel
 
 logger = logging.getLogger(__name__)
@@ -51,18 +53,21 @@ def _split(processes: int, heads: int, guided: bool) -> Split:
     return Split(halves, heads % processes == 0)
 
 
-def share_out(model: WanModel, rank: int, processes: int, guided: bool) -> None:
+def share_out(model: WanModel, rank: int, processes: int, guided: bool, compiled: bool = False) -> None:
     """Make the model's predictions the common work of all processes, each of which has the same model.
 
-    All of them must ask for the same velocities() at the same time. Names and results stay the same.
+    All of them must ask for the same velocities() at the same time. Names and results stay the same. compiled: the
+    blocks are, in two parts then, with the exchange between them, which is not for a compiler.
     """
     split = split_of(processes, model.shape.heads, guided)
     sharing = Sharing(rank, processes, split)
     model.velocities = partial(sharing.velocities, model.velocities)
     model.embed = partial(sharing.embed, model.embed)
     model.head.forward = partial(sharing.head, model.head.forward)
+    if compiled:
+        sharing.exchanging = torch.compiler.disable(sharing.exchanging)
     for block in model.blocks:
-        block.self_attn.attend = partial(sharing.attend, block.self_attn.attend)
+        block.self_attn.attend = sharing.attend  # the same for all, so that they can share what torch.compile makes
     how = "each prediction on all of them"
     if split.halves:
         how = f"two predictions at a time, each on {sharing.half.size}, and one that is alone on {sharing.alone.size}"
@@ -94,6 +99,7 @@ class Sharing:
         self.number = rank // self.half.size  # of the half
         self.team = self.alone
         self.lengths: list[int] = []  # tokens of each in the team
+        self.exchanging = self.attend_by_heads
 
     def velocities(
         self,
@@ -132,10 +138,13 @@ class Sharing:
             rope = rope.narrow(-3, *own)
         return tokens, (modulation, rope, *others), finish
 
-    def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
         """Return the attention [B l H D] of this process's tokens to all, for q, k and v [B l H D] of these tokens."""
         if self.team.size == 1:
             return attention(q, k, v, *how)
+        return self.exchanging(q, k, v, *how)
+
+    def attend_by_heads(self, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
         return self.by_tokens(attention(*(self.by_heads(y) for y in (q, k, v)), *how))
 
     def by_heads(self, x: Tensor) -> Tensor:
