@@ -62,7 +62,7 @@ def test_the_dit_learns_to_tell_noise_from_the_videos_it_sees(trainer):
     assert all(not torch.equal(before[name], value) for name, value in run.dit.state_dict().items())
 
 
-@pytest.mark.parametrize("more", ["--full_bf16", "--fused_backward_pass"])
+@pytest.mark.parametrize("more", ["--full_bf16", "--blocks_to_swap 2", "--fused_backward_pass --blocks_to_swap 2"])
 def test_compiled_blocks_are_trained_the_same_bit_by_bit(trainer, more):
     options = f"--learning_rate 1e-3 --max_train_steps 1 --gradient_checkpointing {more}"
     plain, compiled = (load_file(trained(trainer(options + flags))) for flags in ("", COMPILED))
