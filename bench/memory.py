@@ -132,6 +132,8 @@ class Tracker(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self._main = False
         self._whole = {torch.ops.prim.device.default}  # operations that are not made of others
+        if hasattr(aten, "_fused_rms_norm"):  # or only where CUDA has no kernel for them
+            self._whole.add(aten._fused_rms_norm.default)
         self._watched: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
