@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.options import option, suggest
 from utils.processes import Processes
 from wan.attention import ATTENTION_MODES
+from wan.auto_swap import auto_recommended
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions, load_clip
 from wan.compiling import DYNAMIC, MODES, CompileOptions
@@ -41,6 +42,7 @@ from wan.conditioning import (
 )
 from wan.configs import WanConfig
 from wan.loading import DitOptions, dit_dtype, load_dit
+from wan.memory import Step as MemoryStep
 from wan.model import WanModel
 from wan.parallel import share_out
 from wan.t5 import T5Options
@@ -141,7 +143,8 @@ class Models:
     swap: SwapOptions = SwapOptions()
     compiling: CompileOptions = CompileOptions()
 
-    def load_dit(self) -> WanModel:
+    def load_dit(self, steps: Sequence[MemoryStep] = ()) -> WanModel:
+        """Return the DiT; steps: what it is going to compute."""
         dtype = compute_dtype(dit_dtype(self.dit.dit), self.device)
         loras = self.lora.files()
         return load_dit(
@@ -155,6 +158,7 @@ class Models:
             fp8_scaled=self.run.fp8_scaled,
             swap=self.swap,
             compiling=self.compiling,
+            steps=steps,
         )
 
     def load_vae(self) -> WanVAE:
@@ -192,11 +196,16 @@ def output_frames(request: Request, config: WanConfig) -> int:
     return request.frames + (VAE_FRAMES if request.end_image is not None and "last" not in config.images else 0)
 
 
+def latent_size(frames: int, width: int, height: int) -> tuple[int, int, int]:
+    """Return the frames, rows and columns of a video's latents."""
+    return (frames - 1) // VAE_FRAMES + 1, height // VAE_PIXELS, width // VAE_PIXELS
+
+
 def draw_noise(frames: int, width: int, height: int, seed: int, device: torch.device, on_cpu: bool = False) -> Tensor:
     """Return the noise [16 f h w] that a video of this size starts from, float32, on the device."""
     where = torch.device("cpu") if on_cpu else device
     generator = torch.Generator(where).manual_seed(seed)
-    shape = (LATENT_CHANNELS, (frames - 1) // VAE_FRAMES + 1, height // VAE_PIXELS, width // VAE_PIXELS)
+    shape = (LATENT_CHANNELS, *latent_size(frames, width, height))
     return torch.randn(shape, generator=generator, device=where).to(device)
 
 
@@ -225,6 +234,19 @@ def needs_negative(pattern: str, scale: Scale) -> bool:
 def is_guided(request: Request, config: WanConfig, sampling: SamplingOptions) -> bool:
     """Return whether some step of a request makes more than one prediction."""
     return needs_negative(pattern_of(request.steps, sampling), guidance_of(request, config))
+
+
+def step_of(request: Request, config: WanConfig, sampling: SamplingOptions) -> MemoryStep:
+    """Return what the largest step of a request computes."""
+    width, height = output_size(request)
+    grid = latent_size(output_frames(request, config), width, height)
+    scale = guidance_of(request, config)
+    weights = (
+        (scale,) if isinstance(scale, float | int) else (request.guidance_scale, request.guidance_scale_high_noise)
+    )
+    letters = set(pattern_of(request.steps, sampling))
+    passes = max(len(predictions(letter, weight)) for letter in letters for weight in weights)
+    return MemoryStep(grid, passes=passes)
 
 
 def skipped_blocks(sampling: SamplingOptions) -> tuple[int, ...]:
@@ -310,7 +332,8 @@ def generate(
         if vae:
             vae.to("cpu")
         release_memory(models.device)
-    latents = denoise_all(requests, texts, conditions, models, sampling, results, processes)
+    with auto_recommended(models.swap):
+        latents = denoise_all(requests, texts, conditions, models, sampling, results, processes)
     release_memory(models.device)
     processes.leave()
     if processes.is_first and any(result.files.video or result.files.images for result in results):
@@ -408,10 +431,13 @@ def denoise_all(
     processes: Processes | None = None,
 ) -> list[Tensor]:
     """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
-    dit, processes = models.load_dit(), processes or Processes()
+    dit = models.load_dit([step_of(request, models.config, sampling) for request in requests])
+    processes = processes or Processes()
     if processes.count > 1:
         guided = any(is_guided(request, models.config, sampling) for request in requests)
         share_out(dit, processes.rank, processes.count, guided, models.compiling.compile)
+        if auto := getattr(dit, "auto_swap", None):
+            auto.alone = False
     latents: list[Tensor] = []
     steps, silent = sum(request.steps for request in requests), not processes.is_first
     with (

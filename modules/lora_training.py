@@ -45,6 +45,7 @@ class TrainedLora(Trained):
     noun = "LoRA"
     architecture = "/lora"
     hashed = True
+    beside = True
     network: LoRANetwork
 
     def __init__(self, options: NetworkOptions):
@@ -61,6 +62,8 @@ class TrainedLora(Trained):
             model = WanModel(shape)
         torch.manual_seed(seed)
         self.network = make_network(self.options, model)
+        self.rank = max(branch.rank for _, branch in self.network.branches())
+        self.numbers = sum(parameter.numel() for parameter in self.network.parameters())
         self.deltas = base_deltas(self.options, model)
         return mixed_precision, dtype
 

@@ -10,7 +10,7 @@ from dataset.config import load_config
 from dataset.loader import CachedDataset, CachedItem
 from modules.checkpoints import check_saving
 from modules.flow_matching import check_timesteps
-from modules.generation import RunOptions
+from modules.generation import RunOptions, SamplingOptions, step_of
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
 from modules.train_options import AttentionOptions, TrainingOptions, TrainOptions
@@ -21,6 +21,7 @@ from wan.block_swap import check_swap
 from wan.compiling import CompileOptions, check_compile
 from wan.configs import TASKS, WanConfig
 from wan.loading import check_dit, dit_dtype
+from wan.memory import Step
 from wan.model import WanShape
 
 
@@ -41,6 +42,18 @@ class Plan:
     compiling: CompileOptions
     samples: SamplePlan | None
 
+    def steps(self) -> list[Step]:
+        """Return what the steps of training compute, one for each size of batch, and those of samples."""
+        how = (self.trained.numbers, self.trained.rank, self.options.precision.gradient_checkpointing)
+        sizes = {
+            (dict(item.shapes)["latents"][1:], config.batch_size)
+            for config, items in zip(self.data.configs, self.data.items, strict=True)
+            for item in items
+        }
+        sampled = self.samples.samples if self.samples else ()
+        samples = [step_of(each.request, self.config, SamplingOptions()) for each in sampled]
+        return [*(Step(grid, batch, 1, *how) for grid, batch in sizes), *samples]
+
 
 def check(options: TrainOptions, trained: Trained, seed: int, device: torch.device, processes: int = 1) -> Plan:
     """Return the plan of a run on this device by so many processes, or raise UserError for what would fail later."""
@@ -54,6 +67,8 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     datasets = load_config(options.data.dataset_config)
     shape = check_dit(options.dit.dit, config)
     check_saving(options.saving, options.metadata, options.dit.dit)
+    if options.swap.auto and not trained.beside:
+        raise UserError("--blocks_to_swap auto: is not available in fine-tuning", "leave it out or give a number")
     mixed_precision, dtype = trained.check(options, shape, dit_dtype(options.dit.dit), device, seed)
     check_swap(options.swap, shape.blocks)
     data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)

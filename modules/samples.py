@@ -35,6 +35,7 @@ from utils.options import option, suggest
 from wan.clip import ClipOptions
 from wan.configs import TASKS, WanConfig
 from wan.loading import DitOptions
+from wan.memory import Step
 from wan.model import WanModel
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE
@@ -82,7 +83,7 @@ class LiveModels(Models):
 
     live: WanModel
 
-    def load_dit(self) -> WanModel:
+    def load_dit(self, steps: Sequence[Step] = ()) -> WanModel:
         return self.live
 
 

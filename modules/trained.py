@@ -25,6 +25,9 @@ class Trained(ABC):
     hashed = False  # files are told apart by hashes of their tensors
     hold: Callable[[WanModel, Sequence[int], int, Device], None] | None = None  # makes a DiT run with swapped blocks
     stowed: Collection[nn.Parameter] = ()  # those whose gradients leave the device during the backward pass
+    beside = False  # a network beside the DiT, whose own weights stay as they are
+    rank = 0  # the highest of such a network
+    numbers = 0  # how many it has
 
     @abstractmethod
     def check(

@@ -1,11 +1,12 @@
 """The training loop: batches > noised latents > DiT > loss > what is trained > files."""
 
+import contextlib
 import logging
 import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from modules.trained import Trained
 from utils.devices import default_device, dtype_name
 from utils.errors import UserError
 from utils.options import option
+from wan.auto_swap import AutoSwap, auto_recommended
 from wan.configs import WanConfig
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -73,20 +75,22 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
     # Before the DiT: the encoders of prompts and pictures are not in memory beside it.
     sampler = Sampler(plan.samples) if plan.samples and accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    dit = load_dit(
-        options.dit.dit,
-        plan.config,
-        plan.dtype,
-        accelerator.device,
-        deltas=trained.deltas,
-        attn_mode=plan.attn_mode,
-        split_attn=options.attention.split_attn,
-        fp8=options.precision.fp8_base,
-        fp8_scaled=options.precision.fp8_scaled,
-        swap=options.swap,
-        hold=trained.hold,
-        compiling=plan.compiling,
-    )
+    with _advice(options, trained):
+        dit = load_dit(
+            options.dit.dit,
+            plan.config,
+            plan.dtype,
+            accelerator.device,
+            deltas=trained.deltas,
+            attn_mode=plan.attn_mode,
+            split_attn=options.attention.split_attn,
+            fp8=options.precision.fp8_base,
+            fp8_scaled=options.precision.fp8_scaled,
+            swap=options.swap,
+            hold=trained.hold,
+            compiling=plan.compiling,
+            steps=plan.steps(),
+        )
     return Trainer(plan, dit, accelerator, sampler)
 
 
@@ -147,8 +151,7 @@ class Trainer:
         losses = []
         for batch in batches_of(self.loader):
             with self.accelerator.accumulate(self.module):
-                loss = self.loss(batch)
-                self.accelerator.backward(loss)
+                loss = self.gradients(batch)
                 norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
             losses.append(loss.item())
             self.losses.append(losses[-1])
@@ -163,6 +166,34 @@ class Trainer:
                 break
         self.log({"loss/epoch": sum(losses) / len(losses)}, epoch + 1)
         self.after_epoch(epoch + 1)
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Add a batch's gradients to those that are there, and return its loss."""
+
+        def compute() -> Tensor:
+            loss = self.loss(batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+        auto: AutoSwap | None = getattr(self.dit, "auto_swap", None)
+        with _advice(self.plan.options, self.trained):
+            return auto.retry(compute, self.way_back()) if auto else compute()
+
+    def way_back(self) -> Callable[[], None]:
+        """Return what undoes the computation of gradients that begins now, random numbers included."""
+        generators = [self.generator, torch.default_generator]
+        if self.accelerator.device.type == "cuda":
+            generators.append(torch.cuda.default_generators[self.accelerator.device.index or 0])
+        states = [generator.get_state() for generator in generators]
+        gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
+
+        def undo() -> None:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+
+        return undo
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, each sample at a noise level of its own."""
@@ -343,6 +374,11 @@ def log_folder(options: LoggingOptions) -> Path | None:
     except ImportError:
         raise UserError("--logging_dir: tensorboard is not installed", "pip install tensorboard") from None
     return options.logging_dir / f"{options.log_prefix}{time.strftime('%Y%m%d%H%M%S')}"
+
+
+def _advice(options: TrainOptions, trained: Trained) -> contextlib.AbstractContextManager:
+    """Return what recommends block swap where the body runs out of memory, and blocks can be swapped at will."""
+    return auto_recommended(options.swap) if trained.beside else contextlib.nullcontext()
 
 
 def _agreed_seed(seed: int | None) -> int:

@@ -16,11 +16,14 @@ from modules.precision import frozen_precision
 from modules.preflight import check_caches, choose_attention
 from modules.train_options import AttentionOptions, TrainOptions
 from modules.trainer import LoggingOptions, Trainer, average_gradients, condition_latents, make_trainer, predict
+from tests.live_bytes import LiveBytes
+from tests.test_wan_auto_swap import Small
 from utils.errors import UserError
 from utils.options import parse_options
 from utils.safetensors_io import read_metadata, save_file_atomically
 from wan.configs import TASKS
 from wan.loading import build_dit, dit_shape
+from wan.memory import Step
 
 BASE = "--max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3 --network_dim 4"
 
@@ -332,7 +335,7 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--network_module networks.formats", "--network_module networks.formats: is no network module."),
         ("--network_args rank_dropuot=0.1", "--network_args rank_dropuot: unknown network argument. Did you mean"),
         ("--network_args rank_dropout", "--network_args rank_dropout: not of the form key=value."),
-        ("--blocks_to_swap 20", "--blocks_to_swap 20: the DiT has 2 blocks. Use 2 or fewer."),
+        ("--blocks_to_swap 20", "--blocks_to_swap 20: the DiT has 2 blocks. Use 2 or fewer, or auto."),
         ("--blocks_to_swap -1", "--blocks_to_swap -1: must not be negative."),
         ("--blocks_to_swap 2 --block_swap_ring_size 0", "--block_swap_ring_size 0: there must be room"),
         ("--resume state", "--resume: is not available yet. Leave it out."),
@@ -462,3 +465,56 @@ def test_accelerates_mixed_precision_counts_where_the_script_is_not_told(monkeyp
 def test_sdpa_is_the_default_attention():
     assert choose_attention(AttentionOptions()) == "torch"
     assert choose_attention(AttentionOptions(sdpa=True, sage_attn=True)) == "torch"
+
+
+# ---------------------------------------------------------------------------------------------- too little memory
+@pytest.mark.parametrize("more", ["--network_dropout 0.3 --gradient_checkpointing", "--gradient_accumulation_steps 2"])
+def test_a_first_step_that_runs_out_of_memory_trains_the_same_lora_bit_by_bit(trainer, monkeypatch, caplog, more):
+    options = f"--max_train_steps 2 --learning_rate 1e-2 {more}"
+    wanted = trainer(f"{options} --blocks_to_swap 2 --block_swap_ring_size 1")
+    wanted.run()
+    with LiveBytes() as live:
+        monkeypatch.setattr("wan.loading.streaming_device", lambda *_: Small(live))
+        run = trainer(f"{options} --blocks_to_swap auto --block_swap_ring_size 1")
+        ring = run.dit.auto_swap.ring
+        assert ring.numbers == []
+        backward, attempts = run.accelerator.backward, []
+
+        def backward_in_little_memory(loss):
+            attempts.append(len(ring.numbers))
+            second = "accumulation" in more and len(attempts) == 1
+            live.capacity = live.now + 2000 if not ring.numbers and not second else math.inf
+            backward(loss)
+
+        monkeypatch.setattr(run.accelerator, "backward", backward_in_little_memory)
+        run.run()
+    assert attempts[:3] == ([0, 0, 2] if "accumulation" in more else [0, 2, 2])
+    assert "--blocks_to_swap auto swaps 2 blocks instead of 0" in caplog.text
+    first, second = map(_lora, (wanted, run))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_auto_counts_the_largest_batch_the_lora_and_the_samples(trainer, tmp_path, models):
+    (tmp_path / "prompts.txt").write_text("a cat --w 512 --h 256 --f 5 --s 2 --l 5")
+    samples = f"--sample_prompts {tmp_path / 'prompts.txt'} --sample_every_n_epochs 1"
+    encoders = f"--vae {models['vae']} --t5 {models['t5']} --t5_tokenizer {models['tokenizer']}"
+    run = trainer(f"--blocks_to_swap auto --network_dim 16 {samples} {encoders}")
+    steps = run.plan.steps()
+    trained = [step for step in steps if step.trained]
+    assert {step.grid for step in trained} == {
+        dict(item.shapes)["latents"][1:] for items in run.plan.data.items for item in items
+    }
+    assert {step.rank for step in trained} == {16}
+    assert {step.trained for step in trained} == {sum(p.numel() for p in run.parameters)}
+    assert [step for step in steps if not step.trained] == [Step((2, 32, 64), passes=2)]
+
+
+def test_auto_is_recommended_when_training_runs_out_of_memory(trainer, monkeypatch):
+    run = trainer("--max_train_steps 1")
+
+    def backward(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(run.accelerator, "backward", backward)
+    with pytest.raises(UserError, match="not enough GPU memory .* Use --blocks_to_swap auto"):
+        run.run()

@@ -371,7 +371,7 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
         ({"video_size": [40, 48]}, "40 pixels high is not a multiple of 16. Use 32 or 48."),
         ({"task": "i2v-14B"}, "--image_path is missing: i2v-14B needs a start image"),
         ({"dit": "dit_i2v"}, "image-to-video model"),
-        ({"blocks_to_swap": 3}, "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer."),
+        ({"blocks_to_swap": 3}, "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer, or auto."),
         ({"blocks_to_swap": 1, "block_swap_ring_size": 2}, "--block_swap_ring_size 2: is more than --blocks_to_swap 1"),
         ({"compile": True, "compile_backend": "inducter"}, "--compile_backend inducter: is not one that torch"),
         (

@@ -286,7 +286,7 @@ def test_on_a_gpu_the_velocity_is_the_same_bits_and_the_gradients_are_the_same(l
     for swapped, slots in EVERY_WAY:
         model = load("fp8", checkpointing, "cpu").to("cuda")
         ring = swapped_blocks(model, swapped, slots, CudaDevice(torch.device("cuda"), pinned))
-        assert all(home.data.is_pinned() == pinned for home in ring.homes)
+        assert all(home.packed.data.is_pinned() == pinned for home in ring.homes)
         with torch.inference_mode():
             for _ in range(3):
                 assert torch.equal(model(**given), want)
@@ -318,7 +318,7 @@ def test_only_the_blocks_that_stay_are_loaded_to_the_device(load):
 def test_what_one_cannot_mean_is_refused(caplog):
     for options, line in (
         (SwapOptions(-1), "--blocks_to_swap -1: must not be negative. 0 keeps all blocks on the GPU."),
-        (SwapOptions(41), "--blocks_to_swap 41: the DiT has 40 blocks. Use 40 or fewer."),
+        (SwapOptions(41), "--blocks_to_swap 41: the DiT has 40 blocks. Use 40 or fewer, or auto."),
         (SwapOptions(9, 0), "--block_swap_ring_size 0: there must be room for the block in use. Use 2, or leave it"),
         (SwapOptions(9, 10), "--block_swap_ring_size 10: is more than --blocks_to_swap 9. Leave it out, or use fewer."),
     ):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,21 +12,37 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from utils.devices import free_memory
 from utils.errors import UserError
 from utils.options import option
+from wan.memory import aligned
 from wan.model import WanModel
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 256  # bytes, which kernels read fastest from
+AUTO = "auto"
 _GIB = 1 << 30
+_WORKSPACES = 256 << 20  # what libraries take on a GPU for themselves
+
+
+def number_or_auto(word: str) -> int | str:
+    """Return a whole number, or AUTO; raises ValueError for anything else."""
+    try:
+        return AUTO if word.lower() == AUTO else int(word)
+    except ValueError:
+        raise ValueError(f"'{word}' is neither a whole number nor auto") from None
 
 
 @dataclass(frozen=True)
 class SwapOptions:
     """block swap"""
 
-    blocks_to_swap: int = option(0, "DiT blocks whose weights are held in main memory, up to all of them")
+    blocks_to_swap: int | str = option(
+        0,
+        "DiT blocks whose weights are held in main memory, up to all of them; auto: as many as free memory asks for",
+        parse=number_or_auto,
+        metavar="N|auto",
+    )
     block_swap_ring_size: int | None = option(
         None, "how many of these are on the GPU at a time, the one in use and the next (default: 2)"
     )
@@ -34,27 +51,36 @@ class SwapOptions:
     )
 
     @property
+    def auto(self) -> bool:
+        return self.blocks_to_swap == AUTO
+
+    @property
     def slots(self) -> int:
-        return self.block_swap_ring_size or min(2, self.blocks_to_swap)
+        return slots_for(self.blocks_to_swap, self.block_swap_ring_size)
+
+
+def slots_for(swapped: int, ring_size: int | None) -> int:
+    """Return how many of so many swapped blocks are on the device at a time."""
+    return min(ring_size or 2, swapped)
 
 
 def check_swap(options: SwapOptions, blocks: int) -> None:
     """Raise UserError for numbers that a DiT of so many blocks has no use for."""
     swapped, slots = options.blocks_to_swap, options.block_swap_ring_size
-    if swapped < 0:
+    most = blocks if options.auto else swapped
+    if most < 0:
         raise UserError(f"--blocks_to_swap {swapped}: must not be negative", "0 keeps all blocks on the GPU")
-    if swapped > blocks:
-        raise UserError(f"--blocks_to_swap {swapped}: the DiT has {blocks} blocks", f"use {blocks} or fewer")
+    if most > blocks:
+        raise UserError(f"--blocks_to_swap {swapped}: the DiT has {blocks} blocks", f"use {blocks} or fewer, or auto")
     if slots is not None and slots < 1:
         raise UserError(
             f"--block_swap_ring_size {slots}: there must be room for the block in use", "use 2, or leave it out"
         )
-    if slots is not None and not swapped:
+    if slots is not None and not most:
         logger.warning("--block_swap_ring_size %d: ignored without --blocks_to_swap", slots)
-    elif slots is not None and slots > swapped:
-        raise UserError(
-            f"--block_swap_ring_size {slots}: is more than --blocks_to_swap {swapped}", "leave it out, or use fewer"
-        )
+    elif slots is not None and slots > most:
+        what = f"the DiT's {blocks} blocks" if options.auto else f"--blocks_to_swap {swapped}"
+        raise UserError(f"--block_swap_ring_size {slots}: is more than {what}", "leave it out, or use fewer")
 
 
 def streamed_blocks(blocks: int, swapped: int) -> list[int]:
@@ -67,22 +93,20 @@ def stream_blocks(model: WanModel, numbers: Sequence[int], slots: int, device: "
 
     The blocks are frozen, and may be on any device. Names, outputs and gradients stay the same.
     """
-    blocks = [model.blocks[number] for number in numbers]
-    ring = Ring(blocks, slots, device)
-    for rank, block in enumerate(blocks):
-        block.forward = partial(ring.run, rank, block.forward)
+    ring = Ring(model.blocks, device)
     model.forward = partial(ring.record, model.forward)
     model.velocities = partial(ring.velocities, model)
-    saved = (len(blocks) - slots) * ring.block_bytes / _GIB
-    logger.info(
-        "block swap: %d of %d blocks (%.2f GiB each) in main memory, %d of them on the device at a time: %.2f GiB less",
-        *(len(blocks), len(model.blocks), ring.block_bytes / _GIB, slots, saved),
-    )
+    ring.stream(numbers, slots)
     return ring
 
 
 class Device(Protocol):
     """Where blocks compute, and how their bytes get there."""
+
+    where: torch.device
+
+    def free(self) -> int:
+        """Return how many more bytes tensors can take there; where swapping would save none, more than there can be."""
 
     def home(self, size: int) -> Tensor:
         """Return so many bytes of main memory, uint8."""
@@ -110,11 +134,14 @@ class CudaDevice:
     """A GPU. Copies have a stream of their own, and run beside the computation where main memory is page-locked."""
 
     def __init__(self, device: torch.device, pinned: bool):
-        self.device, self.pinned = device, pinned
+        self.where, self.pinned = device, pinned
         self.stream = torch.cuda.Stream(device)
         self._locked: list[Tensor] = []
         # The list keeps the memory until it is unlocked, whoever else has let go of it.
         weakref.finalize(self, _unlock, self.stream, self._locked)
+
+    def free(self) -> int:
+        return free_memory(self.where) - _WORKSPACES
 
     def home(self, size: int) -> Tensor:
         # Not torch's pinned memory: that comes in powers of two, half as much again for the blocks of the 14B.
@@ -127,22 +154,22 @@ class CudaDevice:
             else:
                 logger.warning("block swap: the system page-locks no more main memory; computation waits for copies")
                 with contextlib.suppress(RuntimeError):
-                    torch.ones(1, device=self.device)  # a kernel, to collect the error, which the next one would raise
+                    torch.ones(1, device=self.where)  # a kernel, to collect the error, which the next one would raise
         return home
 
     def slot(self, size: int) -> Tensor:
-        slot = torch.empty(size, dtype=torch.uint8, device=self.device)
+        slot = torch.empty(size, dtype=torch.uint8, device=self.where)
         slot.record_stream(self.stream)  # the memory is not given to others while a copy is on its way
         return slot
 
     def copy(self, slot: Tensor, home: Tensor) -> torch.cuda.Event:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.stream.wait_stream(torch.cuda.current_stream(self.where))
         with torch.cuda.stream(self.stream):
             slot.copy_(home, non_blocking=True)
         return self.stream.record_event()
 
     def wait(self, copy: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(copy)
+        torch.cuda.current_stream(self.where).wait_event(copy)
 
     def back(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -164,6 +191,11 @@ def _unlock(stream: torch.cuda.Stream, locked: Iterable[Tensor]) -> None:
 class CpuDevice:
     """A CPU: the same copies, which then save nothing, from main memory to main memory."""
 
+    where = torch.device("cpu")
+
+    def free(self) -> int:
+        return sys.maxsize
+
     def home(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
@@ -184,11 +216,12 @@ class CpuDevice:
         pass
 
 
-def streaming_device(device: torch.device | str, pinned: bool) -> Device:
-    """Return how weights are streamed to a device."""
+def streaming_device(device: torch.device | str, options: SwapOptions, name: str = "--blocks_to_swap") -> Device:
+    """Return how weights are streamed to a device; name: of the option that asks for it."""
     if torch.device(device).type == "cuda":
-        return CudaDevice(torch.device(device), pinned)
-    logger.warning("--blocks_to_swap: saves nothing on a CPU, whose memory is main memory")
+        return CudaDevice(torch.device(device), options.use_pinned_memory_for_block_swap)
+    if not options.auto:
+        logger.warning("%s: saves nothing on a CPU, whose memory is main memory", name)
     return CpuDevice()
 
 
@@ -200,7 +233,7 @@ class Packed:
         for tensor in like:
             view = data[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             self.views.append(view)
-            start += _aligned(tensor.nbytes)
+            start += aligned(tensor.nbytes)
 
     def show(self, tensors: Sequence[Tensor]) -> None:
         """Make tensors, whose values the bytes are, views of them."""
@@ -208,8 +241,26 @@ class Packed:
             tensor.data = view
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+class Home:
+    """The weights of a block while it is not on the device: packed, in main memory."""
+
+    def __init__(self, tensors: Sequence[Tensor], size: int, device: Device):
+        self.packed, self.device = Packed(device.home(size), tensors), device
+        for view, tensor in zip(self.packed.views, tensors, strict=True):
+            view.copy_(tensor)
+        self.show(tensors)
+
+    def show(self, tensors: Sequence[Tensor]) -> None:
+        """Make the block's tensors what they are while it is not on the device."""
+        self.packed.show(tensors)
+
+    def send(self, slot: Tensor) -> Any:
+        """Start to bring the weights into a slot; return what to wait for."""
+        return self.device.copy(slot, self.packed.data)
+
+    def wait(self, copy: Any) -> None:
+        """Let computation that begins from now on see the weights in the slot."""
+        self.device.wait(copy)
 
 
 class Streamed(NamedTuple):
@@ -225,43 +276,84 @@ class Streamed(NamedTuple):
 class Ring:
     """A few slots on the device for the weights of blocks that are needed in order, again and again, or there and back.
 
-    Each block's weights are packed into one run of bytes in main memory, their home, and only ever copied from there.
-    They are views of their home but for those of the block last used, which are views of its slot. A rank is the place
-    of a block among those that are streamed.
+    Each streamed block's weights are packed into one run of bytes in main memory, their home, and only ever copied from
+    there. They are views of their home but for those of the block last used, which are views of its slot. A rank is the
+    place of a block among those that are streamed.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], slots: int, device: Device):
-        assert 1 <= slots <= len(blocks), f"{slots} slots for {len(blocks)} blocks"
+    def __init__(self, blocks: Sequence[nn.Module], device: Device):
         self.device = device
         self.tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
         for tensors in self.tensors:
             assert not any(tensor.requires_grad for tensor in tensors), "weights in training cannot be streamed"
             assert [(x.shape, x.dtype) for x in tensors] == [(x.shape, x.dtype) for x in self.tensors[0]]
-        self.block_bytes = sum(_aligned(tensor.nbytes) for tensor in self.tensors[0])
+        self.block_bytes = packed_bytes(self.tensors[0])
         self.loads, self.bytes_copied = 0, 0
-        self.homes: list[Packed] = []
-        for tensors in self.tensors:  # one by one, so that there is never a second copy of all
-            home = Packed(device.home(self.block_bytes), tensors)
-            for view, tensor in zip(home.views, tensors, strict=True):
-                view.copy_(tensor)
-            home.show(tensors)
-            self.homes.append(home)
-        self.slots = [Packed(device.slot(self.block_bytes), self.tensors[0]) for _ in range(slots)]
-        self._by_address = {slot.data.untyped_storage().data_ptr(): i for i, slot in enumerate(self.slots)}
-        self._held: list[int | None] = [None] * slots  # the rank in each slot
-        self._copies: list[Any] = [None] * slots
+        self.numbers: list[int] = []  # of the streamed blocks, by rank
+        self.homes: list[Home] = []
+        self.slots: list[Packed] = []
+        self._held: list[int | None] = []  # the rank in each slot
+        self._copies: list[Any] = []
+        self._by_address: dict[int, int] = {}
         self._last: int | None = None  # the rank in use
+        for number, block in enumerate(blocks):
+            block.forward = partial(self.run, number, block.forward)
+
+    def stream(self, numbers: Sequence[int], slots: int) -> None:
+        """Stream the blocks with these numbers from now on, among them those that are streamed already."""
+        assert set(self.numbers) <= set(numbers) and slots <= len(numbers), f"{slots} slots for blocks {numbers}"
+        homes = dict(zip(self.numbers, self.homes, strict=True))
+        # What is made in inference mode could not be used by a training step later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._rest()
+            for number in numbers:  # one by one, so that there is never a second copy of all
+                if number not in homes:
+                    homes[number] = self._home(number)
+            self.numbers = sorted(numbers)
+            self.homes = [homes[number] for number in self.numbers]
+            self.slots = [Packed(self.device.slot(self.block_bytes), self.tensors[0]) for _ in range(slots)]
+        self._by_address = {slot.data.untyped_storage().data_ptr(): i for i, slot in enumerate(self.slots)}
+        self._held, self._copies = [None] * slots, [None] * slots
+        if not numbers:
+            return
+        logger.info(
+            "block swap: %d of %d blocks (%.2f GiB each) in main memory, %d of them on the device at a time: "
+            "%.2f GiB less",
+            *(len(numbers), len(self.tensors), self.block_bytes / _GIB, slots),
+            (len(numbers) - slots) * self.block_bytes / _GIB,
+        )
+
+    def _home(self, number: int) -> Home:
+        return Home(self.tensors[number], self.block_bytes, self.device)
+
+    def _rest(self) -> None:
+        """Bring all streamed weights home and give the slots back."""
+        for held, copy in zip(self._held, self._copies, strict=True):
+            if held is not None:
+                self.homes[held].wait(copy)
+        if self._last is not None:
+            self._weights(self._last, self.homes[self._last])
+        self.slots, self._held, self._copies, self._by_address, self._last = [], [], [], {}, None
+
+    def _weights(self, rank: int, place: Home | Packed) -> None:
+        """Make the weights of a block what its home or a slot holds."""
+        place.show(self.tensors[self.numbers[rank]])
 
     def record(self, forward: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
         """Return what the model computes, its backward pass being told to find streamed weights by rank.
 
         Around the model and not around a block, where it would hide what gradient checkpointing does in the same way.
         """
+        if not self.slots:
+            return forward(*args, **named)
         with torch.autograd.graph.saved_tensors_hooks(self._packed, self._found):
             return forward(*args, **named)
 
-    def run(self, rank: int, forward: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+    def run(self, number: int, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Return what a block computes."""
+        if number not in self.numbers:
+            return forward(*args, **named)
+        rank = self.numbers.index(number)
         # Where autograd looks on, a block that is not after the last one is being computed again in the backward pass,
         # or is the first of a new pass, before which nothing else needs to be fetched.
         backward = torch.is_grad_enabled() and self._last is not None and rank <= self._last
@@ -276,7 +368,7 @@ class Ring:
         Not where the tokens that wait would take more memory than a block: so many hide the copies anyway.
         """
         waiting = (len(passes) - 1) * model.token_bytes(x)
-        if torch.is_grad_enabled() or waiting > self.block_bytes:
+        if not self.slots or torch.is_grad_enabled() or waiting > self.block_bytes:
             return [model(x, timestep, **conditions) for conditions in passes]
         skipped = [conditions.get("skip_blocks", ()) for conditions in passes]
         seen = [{name: value for name, value in each.items() if name != "skip_blocks"} for each in passes]
@@ -296,10 +388,10 @@ class Ring:
                 if near not in self._held:
                     self._load(near, upcoming)
             if self._last is not None:
-                self.homes[self._last].show(self.tensors[self._last])
+                self._weights(self._last, self.homes[self._last])
             slot = self._held.index(rank)
-            self.device.wait(self._copies[slot])
-            self.slots[slot].show(self.tensors[rank])
+            self.homes[rank].wait(self._copies[slot])
+            self._weights(rank, self.slots[slot])
             self._last = rank
         return self.slots[self._held.index(rank)].data
 
@@ -319,7 +411,7 @@ class Ring:
         """Start the copy of a block's weights over those of a block that is not to be kept."""
         slot = next(i for i, held in enumerate(self._held) if held not in keep)
         self._held[slot] = rank
-        self._copies[slot] = self.device.copy(self.slots[slot].data, self.homes[rank].data)
+        self._copies[slot] = self.homes[rank].send(self.slots[slot].data)
         self.loads += 1
         self.bytes_copied += self.block_bytes
 
@@ -338,4 +430,4 @@ class Ring:
 
 def packed_bytes(like: Iterable[Tensor]) -> int:
     """Return how many bytes such tensors take when they are packed."""
-    return sum(_aligned(tensor.nbytes) for tensor in like)
+    return sum(aligned(tensor.nbytes) for tensor in like)

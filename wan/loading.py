@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
 from wan.attention import describe_attention
+from wan.auto_swap import AutoSwap, choose_swap
 from wan.block_swap import Device, SwapOptions, stream_blocks, streamed_blocks, streaming_device
 from wan.compiling import CompileOptions, compile_blocks
 from wan.configs import TASKS, WanConfig
@@ -29,6 +30,7 @@ from wan.fp8 import (
     scale_name,
     use_float8_linears,
 )
+from wan.memory import Step
 from wan.model import WanModel, WanShape
 from wan.weights import InMemory, Weights, check_names, wrong_kind
 
@@ -71,6 +73,7 @@ def load_dit(
     option: str = "--dit",
     hold: Callable[[WanModel, Sequence[int], int, Device], None] | None = None,
     compiling: CompileOptions | None = None,
+    steps: Sequence[Step] = (),
 ) -> WanModel:
     """Return the DiT of a file, frozen, on the device, with linear layers that compute in `dtype`.
 
@@ -80,12 +83,18 @@ def load_dit(
     the device as a whole but by its place in the ring; hold: what makes the model run with them there,
     where they are not going to stay as they are. compiling: whether and how its blocks are compiled, in the first pass
     and not here. Peak memory is the model and one tensor, or one swapped block.
+    steps: what is going to be computed, for a swap that is auto to choose a number by; the model's `auto_swap` raises
+    it where memory does not suffice after all.
     """
-    swap = swap or SwapOptions()
+    swap = asked = swap or SwapOptions()
+    streaming = streaming_device(device, swap) if swap.blocks_to_swap else None
     with open_tensors(path, option, "the DiT's weights") as file:
         tensors = DitTensors(file, f"{option} {path}")
         shape = _check(tensors, config)
         _check_fp8(tensors, fp8, fp8_scaled)
+        if asked.auto:
+            scaled = fp8_scaled or tensors.has_scales
+            swap = choose_swap(asked, shape, dtype, streaming, steps, fp8, scaled)
         swapped = streamed_blocks(shape.blocks, swap.blocks_to_swap)
         model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled, swapped)
     model.attn_mode, model.split_attn = attn_mode, split_attn
@@ -93,9 +102,12 @@ def load_dit(
     logger.info("attention: %s", describe_attention(attn_mode, torch.device(device), dtype, head_dim))
     if compiling and compiling.compile:
         compile_blocks(model, compiling)
-    if swapped:
-        pinned = swap.use_pinned_memory_for_block_swap
-        (hold or stream_blocks)(model, swapped, swap.slots, streaming_device(device, pinned))
+    if hold and swapped:
+        hold(model, swapped, swap.slots, streaming)
+    elif streaming:
+        ring = stream_blocks(model, swapped, swap.slots, streaming)
+        if asked.auto:
+            model.auto_swap = AutoSwap(model, ring, asked)
     return model
 
 

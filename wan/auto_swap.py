@@ -1,0 +1,161 @@
+"""--blocks_to_swap auto: as few blocks in main memory as free memory allows, and more of them once it runs out."""
+
+import contextlib
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from utils.devices import release_memory
+from utils.errors import UserError
+from wan.block_swap import Device, Ring, SwapOptions, slots_for, streamed_blocks
+from wan.memory import Step, step_bytes, weight_bytes
+from wan.model import WanModel, WanShape
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+_MARGIN = 1.05  # for what is lost between the pieces that memory is given out in
+_ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def choose_swap(
+    options: SwapOptions,
+    shape: WanShape,
+    dtype: torch.dtype,
+    device: Device,
+    steps: Sequence[Step],
+    fp8: bool = False,
+    fp8_scaled: bool = False,
+) -> SwapOptions:
+    """Return the options with the number of blocks that auto stands for, and log how it came about.
+
+    device: with nothing of the DiT on it yet. steps: what is going to be computed, the largest of which has to fit.
+    """
+    block, rest = weight_bytes(shape, dtype, fp8, fp8_scaled)
+    free = device.free()
+
+    def working(swapped: int) -> int:
+        waiting = block if swapped else 0
+        return max((step_bytes(shape, step, dtype, fp8, waiting) for step in steps), default=0)
+
+    swapped = smallest_swap(shape.blocks, block, options.block_swap_ring_size, lambda n: rest + working(n), free)
+    chosen = replace(options, blocks_to_swap=swapped)
+    if free == sys.maxsize:
+        logger.info("--blocks_to_swap auto: none, swapping saves nothing on a CPU, whose memory is main memory")
+        return chosen
+    weights = rest + (shape.blocks - swapped + chosen.slots) * block
+    logger.info(
+        "--blocks_to_swap auto: %d of %d blocks; free are %.2f GB, weights on the device take %.2f GB, "
+        "a step at most about %.2f GB",
+        *(swapped, shape.blocks, free / 1e9, weights / 1e9, working(swapped) / 1e9),
+    )
+    if (weights + working(swapped)) * _MARGIN > free:
+        logger.warning("--blocks_to_swap auto: by this estimate memory is too short even with all blocks swapped")
+    return chosen
+
+
+def smallest_swap(blocks: int, block_bytes: int, ring_size: int | None, others: Callable[[int], int], free: int) -> int:
+    """Return the smallest number of blocks to swap with which the rest fits into the free bytes, or all blocks.
+
+    others: the bytes that all but the blocks take when so many are swapped.
+    """
+    for swapped in range(blocks):
+        resident = blocks - swapped + slots_for(swapped, ring_size)
+        if (resident * block_bytes + others(swapped)) * _MARGIN <= free:
+            return swapped
+    return blocks
+
+
+class AutoSwap:
+    """Swaps more blocks of a model whenever its memory does not suffice, and computes again what has failed."""
+
+    def __init__(self, model: WanModel, ring: Ring, options: SwapOptions):
+        self.ring, self.options = ring, options
+        self._more = 0  # blocks that the last widening has added
+        model.velocities = partial(self._velocities, model.velocities)
+
+    def retry(self, compute: Callable[[], Result], restore: Callable[[], None] = lambda: None) -> Result:
+        """Return what compute() returns; restore: undoes what a failed attempt has changed.
+
+        Raises UserError where memory does not suffice with all blocks swapped.
+        """
+        line = ""
+        while True:
+            try:
+                if line:
+                    self.widen(line)
+                    restore()
+                return compute()
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                # No more of it: the error holds the tensors of the attempt, which are to go first.
+                line = str(error)
+
+    def widen(self, line: str) -> None:
+        """Swap more blocks, at least as many as hold the memory that was asked for in vain; line: of the error."""
+        ring, blocks = self.ring, len(self.ring.tensors)
+        swapped = len(ring.numbers)
+        if swapped == blocks:
+            raise UserError(
+                f"not enough GPU memory ({_short(line)}), with all {blocks} blocks swapped",
+                "use float8 weights, a smaller or shorter video, in training --gradient_checkpointing; "
+                "docs/memory.md lists what saves how much",
+            )
+        # Twice as many as the last time, so that it does not take many attempts.
+        self._more = max(1, math.ceil(_asked(line) / ring.block_bytes), 2 * self._more)
+        # As many as there are slots would free nothing.
+        target = min(max(swapped, self.options.block_swap_ring_size or 2) + self._more, blocks)
+        resident = [number for number in range(blocks) if number not in ring.numbers]
+        added = [resident[i] for i in streamed_blocks(len(resident), target - swapped)]
+        logger.warning(
+            "not enough GPU memory (%s): --blocks_to_swap auto swaps %d blocks instead of %d and computes this again",
+            *(_short(line), target, swapped),
+        )
+        release_memory(ring.device.where)
+        ring.stream([*ring.numbers, *added], slots_for(target, self.options.block_swap_ring_size))
+        release_memory(ring.device.where)
+
+    def _velocities(self, compute: Callable[..., list[Tensor]], *args: object) -> list[Tensor]:
+        """Return what WanModel.velocities() does."""
+        return self.retry(partial(compute, *args))
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error says that a device has too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+@contextlib.contextmanager
+def auto_recommended(options: SwapOptions) -> Iterator[None]:
+    """Recommend --blocks_to_swap auto, in a UserError, where the body runs out of memory without it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if options.auto or not ran_out_of_memory(error):
+            raise
+        given = f" with --blocks_to_swap {options.blocks_to_swap}" if options.blocks_to_swap else ""
+        raise UserError(
+            f"not enough GPU memory{given} ({_short(str(error))})",
+            "use --blocks_to_swap auto; docs/memory.md lists what else saves some",
+        ) from None
+
+
+def _short(line: str) -> str:
+    """Return an error of torch without what follows: the memory of every process."""
+    return line.partition(". GPU ")[0]
+
+
+def _asked(line: str) -> int:
+    """Return how many bytes were asked for in vain, 0 where the error does not say."""
+    match = _ASKED.search(line)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else 0
