@@ -69,6 +69,8 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     check_saving(options.saving, options.metadata, options.dit.dit)
     if options.swap.auto and not trained.beside:
         raise UserError("--blocks_to_swap auto: is not available in fine-tuning", "leave it out or give a number")
+    if options.swap.weights_on_disk and not trained.beside:
+        raise UserError("--weights_on_disk: is not available in fine-tuning, whose weights change", "leave it out")
     mixed_precision, dtype = trained.check(options, shape, dit_dtype(options.dit.dit), device, seed)
     check_swap(options.swap, shape.blocks)
     data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)

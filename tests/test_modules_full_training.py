@@ -261,6 +261,14 @@ def test_samples_show_the_dit_in_training_and_do_not_change_the_run(trainer, mod
         ("--fp8_scaled", "--fp8_scaled: is not available in fine-tuning, float8 weights are frozen. Leave it out."),
         ("--blocks_to_swap 3", "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer, or auto."),
         (
+            "--blocks_to_swap auto",
+            "--blocks_to_swap auto: is not available in fine-tuning.",
+        ),
+        (
+            "--blocks_to_swap 2 --weights_on_disk",
+            "--weights_on_disk: is not available in fine-tuning",
+        ),
+        (
             "--fused_backward_pass --gradient_accumulation_steps 2",
             "--fused_backward_pass: keeps no gradients for --gradient_accumulation_steps 2 to add up. Leave one",
         ),

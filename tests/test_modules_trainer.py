@@ -138,7 +138,8 @@ def test_swapped_blocks_train_the_same_lora_bit_by_bit(trainer, recipe, tmp_path
     save_file_atomically(recipe.state_dict("lora_t2v"), path)
     options = f"--max_train_steps 2 --learning_rate 1e-3 --network_dropout 0.1 --base_weights {path.as_posix()} {more}"
     loras = []
-    for swap in ("", "--blocks_to_swap 1", "--blocks_to_swap 2 --block_swap_ring_size 1"):
+    ways = ("--blocks_to_swap 1", "--blocks_to_swap 2 --block_swap_ring_size 1", "--blocks_to_swap 2 --weights_on_disk")
+    for swap in ("", *ways):
         run = trainer(f"{options} {swap}")
         run.run()
         loras.append(_lora(run))
@@ -336,6 +337,8 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--network_args rank_dropuot=0.1", "--network_args rank_dropuot: unknown network argument. Did you mean"),
         ("--network_args rank_dropout", "--network_args rank_dropout: not of the form key=value."),
         ("--blocks_to_swap 20", "--blocks_to_swap 20: the DiT has 2 blocks. Use 2 or fewer, or auto."),
+        ("--blocks_to_swap all", "--blocks_to_swap: 'all' is neither a whole number nor auto."),
+        ("--weights_on_disk", "--weights_on_disk: is for blocks that are swapped. Add --blocks_to_swap auto."),
         ("--blocks_to_swap -1", "--blocks_to_swap -1: must not be negative."),
         ("--blocks_to_swap 2 --block_swap_ring_size 0", "--block_swap_ring_size 0: there must be room"),
         ("--resume state", "--resume: is not available yet. Leave it out."),

@@ -294,11 +294,12 @@ def test_every_way_of_running_makes_finite_latents_near_the_plain_one(generate, 
 
 @pytest.mark.parametrize("options", [{}, {"fp8_scaled": True, "slg_mode": "original", "slg_layers": "1", "slg_end": 1}])
 def test_swapped_blocks_make_the_same_latents_bit_by_bit(generate, lora, tmp_path, options):
-    for swapped, slots in ((0, None), (1, None), (2, 1)):
-        path = tmp_path / f"{swapped}.safetensors"
-        swap = {"blocks_to_swap": swapped, "block_swap_ring_size": slots}
+    swaps = ({}, {"blocks_to_swap": 1}, {"blocks_to_swap": 2, "block_swap_ring_size": 1})
+    swaps += ({"blocks_to_swap": "auto"}, {"blocks_to_swap": 2, "weights_on_disk": True})
+    for number, swap in enumerate(swaps):
+        path = tmp_path / f"{number}.safetensors"
         generate(save_path=path, output_type="latent", vae=None, lora_weight=[lora], **options, **swap)
-    plain, *others = (latent_of(tmp_path / f"{swapped}.safetensors") for swapped in range(3))
+    plain, *others = (latent_of(tmp_path / f"{number}.safetensors") for number in range(len(swaps)))
     assert all(torch.equal(plain, other) for other in others)
 
 
@@ -372,6 +373,8 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
         ({"task": "i2v-14B"}, "--image_path is missing: i2v-14B needs a start image"),
         ({"dit": "dit_i2v"}, "image-to-video model"),
         ({"blocks_to_swap": 3}, "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer, or auto."),
+        ({"blocks_to_swap": "autp"}, "--blocks_to_swap: 'autp' is neither a whole number nor auto"),
+        ({"weights_on_disk": True}, "--weights_on_disk: is for blocks that are swapped. Add --blocks_to_swap auto."),
         ({"blocks_to_swap": 1, "block_swap_ring_size": 2}, "--block_swap_ring_size 2: is more than --blocks_to_swap 1"),
         ({"compile": True, "compile_backend": "inducter"}, "--compile_backend inducter: is not one that torch"),
         (

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +38,14 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+class Entry(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # where in the file its bytes begin
+
+
 class TensorFile:
     """The tensors of a weight file and its shards by name, read one at a time. Use as a context manager."""
 
@@ -45,7 +54,8 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self._in_memory: dict[str, Tensor] = {}
         self._readers: dict[str, safe_open] = {}
-        self._headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._headers: dict[str, Entry] = {}
+        self._paths: dict[str, Path] = {}
         if path.suffix.lower() in _PICKLES:
             self._in_memory = _load_pickle(path, option)
         else:
@@ -60,6 +70,7 @@ class TensorFile:
         except (SafetensorError, OSError) as error:
             raise _broken(path, self.option, str(error)) from None
         self._headers.update(header)
+        self._paths.update(dict.fromkeys(header, path))
         self._readers.update(dict.fromkeys(header, reader))
 
     def keys(self) -> list[str]:
@@ -69,14 +80,18 @@ class TensorFile:
         return key in self._in_memory or key in self._headers
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._in_memory[key].shape) if key in self._in_memory else self._headers[key][1]
+        return tuple(self._in_memory[key].shape) if key in self._in_memory else self._headers[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._in_memory[key].dtype if key in self._in_memory else self._headers[key][0]
+        return self._in_memory[key].dtype if key in self._in_memory else self._headers[key].dtype
 
     def get(self, key: str) -> Tensor:
         """Return one tensor; it may be a view of the file mapped into memory."""
         return self._in_memory[key] if key in self._in_memory else self._readers[key].get_tensor(key)
+
+    def place(self, key: str) -> tuple[Path, int] | None:
+        """Return the file and where in it a tensor's bytes begin; None for a pickle's."""
+        return None if key in self._in_memory else (self._paths[key], self._headers[key].start)
 
     def close(self) -> None:
         self._in_memory, self._readers = {}, {}
@@ -134,8 +149,8 @@ def _shards(path: Path, option: str) -> list[Path]:
     return shards
 
 
-def _read_header(path: Path, option: str) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, str]]:
-    """Return ({key: (dtype, shape)}, metadata) of a safetensors file whose data are all there."""
+def _read_header(path: Path, option: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return ({key: entry}, metadata) of a safetensors file whose data are all there."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -150,7 +165,11 @@ def _read_header(path: Path, option: str) -> tuple[dict[str, tuple[torch.dtype, 
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         table = {
-            key: (_SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8), tuple(entry["shape"]))
+            key: Entry(
+                _SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8),
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+            )
             for key, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from utils.devices import free_memory
 from utils.errors import UserError
+from utils.files import require_writable_folder
 from utils.options import option
+from wan.disk import Disk, DiskHome
 from wan.memory import aligned
 from wan.model import WanModel
 
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 _GIB = 1 << 30
 _WORKSPACES = 256 << 20  # what libraries take on a GPU for themselves
+_STAGED = 32 << 20  # bytes that travel at once from the disk to a GPU
 
 
 def number_or_auto(word: str) -> int | str:
@@ -48,6 +52,13 @@ class SwapOptions:
     )
     use_pinned_memory_for_block_swap: bool = option(
         True, "page-lock that main memory, which copies need to run beside the computation"
+    )
+
+    weights_on_disk: bool = option(
+        False, "leave these blocks on the disk instead of in main memory, and read each ahead of its use"
+    )
+    weights_on_disk_dir: Path | None = option(
+        None, "folder for those that --dit does not hold as they are needed (default: the folder of --dit)"
     )
 
     @property
@@ -81,6 +92,13 @@ def check_swap(options: SwapOptions, blocks: int) -> None:
     elif slots is not None and slots > most:
         what = f"the DiT's {blocks} blocks" if options.auto else f"--blocks_to_swap {swapped}"
         raise UserError(f"--block_swap_ring_size {slots}: is more than {what}", "leave it out, or use fewer")
+    folder = options.weights_on_disk_dir
+    if options.weights_on_disk and not most:
+        raise UserError("--weights_on_disk: is for blocks that are swapped", "add --blocks_to_swap auto")
+    if folder is not None and not options.weights_on_disk:
+        raise UserError(f"--weights_on_disk_dir {folder}: is for --weights_on_disk", "add that, or leave this out")
+    if folder is not None:
+        require_writable_folder(folder, "--weights_on_disk_dir")
 
 
 def streamed_blocks(blocks: int, swapped: int) -> list[int]:
@@ -88,12 +106,15 @@ def streamed_blocks(blocks: int, swapped: int) -> list[int]:
     return [(2 * i + 1) * blocks // (2 * swapped) for i in range(swapped)]
 
 
-def stream_blocks(model: WanModel, numbers: Sequence[int], slots: int, device: "Device") -> "Ring":
+def stream_blocks(
+    model: WanModel, numbers: Sequence[int], slots: int, device: "Device", disk: Disk | None = None
+) -> "Ring":
     """Make the model hold the weights of the blocks with these numbers in main memory; return their ring.
 
-    The blocks are frozen, and may be on any device. Names, outputs and gradients stay the same.
+    The blocks are frozen, and may be on any device. Names, outputs and gradients stay the same. disk: where they are
+    kept instead of in main memory.
     """
-    ring = Ring(model.blocks, device)
+    ring = Ring(model.blocks, device, disk)
     model.forward = partial(ring.record, model.forward)
     model.velocities = partial(ring.velocities, model)
     ring.stream(numbers, slots)
@@ -129,6 +150,15 @@ class Device(Protocol):
     def settle(self) -> None:
         """Return once all copies are done and main memory can be read."""
 
+    def mark(self) -> Any:
+        """Return what receive() waits for so as not to overtake computation begun so far."""
+
+    def receive(self, slot: Tensor, fill: Callable[[Tensor, int], None], mark: Any) -> Any:
+        """Fill a slot, from another thread, and return what to wait for.
+
+        fill(buffer, start) fills main memory with what the slot is to hold from `start` on.
+        """
+
 
 class CudaDevice:
     """A GPU. Copies have a stream of their own, and run beside the computation where main memory is page-locked."""
@@ -136,6 +166,7 @@ class CudaDevice:
     def __init__(self, device: torch.device, pinned: bool):
         self.where, self.pinned = device, pinned
         self.stream = torch.cuda.Stream(device)
+        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
         self._locked: list[Tensor] = []
         # The list keeps the memory until it is unlocked, whoever else has let go of it.
         weakref.finalize(self, _unlock, self.stream, self._locked)
@@ -181,6 +212,23 @@ class CudaDevice:
     def settle(self) -> None:
         self.stream.synchronize()
 
+    def mark(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self.where).record_event()
+
+    def receive(self, slot: Tensor, fill: Callable[[Tensor, int], None], mark: torch.cuda.Event) -> torch.cuda.Event:
+        with torch.cuda.device(self.where), torch.cuda.stream(self.stream):
+            while len(self._staging) < 2:  # one is read into while the other is on its way
+                buffer = torch.empty(_STAGED, dtype=torch.uint8, pin_memory=True)
+                self._staging.append((buffer, torch.cuda.Event()))
+            self.stream.wait_event(mark)
+            for i, part in enumerate(slot.split(_STAGED)):
+                buffer, sent = self._staging[i % 2]
+                sent.synchronize()
+                fill(buffer[: len(part)], i * _STAGED)
+                part.copy_(buffer[: len(part)], non_blocking=True)
+                sent.record(self.stream)
+        return self.stream.record_event()
+
 
 def _unlock(stream: torch.cuda.Stream, locked: Iterable[Tensor]) -> None:
     stream.synchronize()
@@ -193,8 +241,11 @@ class CpuDevice:
 
     where = torch.device("cpu")
 
+    def __init__(self, on_disk: bool = False):
+        self.on_disk = on_disk
+
     def free(self) -> int:
-        return sys.maxsize
+        return free_memory(self.where) if self.on_disk else sys.maxsize
 
     def home(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
@@ -215,14 +266,20 @@ class CpuDevice:
     def settle(self) -> None:
         pass
 
+    def mark(self) -> None:
+        pass
+
+    def receive(self, slot: Tensor, fill: Callable[[Tensor, int], None], mark: None) -> None:
+        fill(slot, 0)
+
 
 def streaming_device(device: torch.device | str, options: SwapOptions, name: str = "--blocks_to_swap") -> Device:
     """Return how weights are streamed to a device; name: of the option that asks for it."""
     if torch.device(device).type == "cuda":
         return CudaDevice(torch.device(device), options.use_pinned_memory_for_block_swap)
-    if not options.auto:
+    if not (options.auto or options.weights_on_disk):
         logger.warning("%s: saves nothing on a CPU, whose memory is main memory", name)
-    return CpuDevice()
+    return CpuDevice(options.weights_on_disk)
 
 
 class Packed:
@@ -277,12 +334,16 @@ class Ring:
     """A few slots on the device for the weights of blocks that are needed in order, again and again, or there and back.
 
     Each streamed block's weights are packed into one run of bytes in main memory, their home, and only ever copied from
-    there. They are views of their home but for those of the block last used, which are views of its slot. A rank is the
-    place of a block among those that are streamed.
+    there. They are views of their home but for those of the block last used, which are views of its slot. Where their
+    home is on the disk, they read as NaN. A rank is the place of a block among those that are streamed.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: Device):
-        self.device = device
+    def __init__(self, blocks: Sequence[nn.Module], device: Device, disk: Disk | None = None):
+        self.device, self.disk = device, disk
+        self.names = [
+            [f"blocks.{number}.{name}" for name, _ in (*block.named_parameters(), *block.named_buffers())]
+            for number, block in enumerate(blocks)
+        ]
         self.tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
         for tensors in self.tensors:
             assert not any(tensor.requires_grad for tensor in tensors), "weights in training cannot be streamed"
@@ -290,7 +351,7 @@ class Ring:
         self.block_bytes = packed_bytes(self.tensors[0])
         self.loads, self.bytes_copied = 0, 0
         self.numbers: list[int] = []  # of the streamed blocks, by rank
-        self.homes: list[Home] = []
+        self.homes: list[Home | DiskHome] = []
         self.slots: list[Packed] = []
         self._held: list[int | None] = []  # the rank in each slot
         self._copies: list[Any] = []
@@ -317,13 +378,16 @@ class Ring:
         if not numbers:
             return
         logger.info(
-            "block swap: %d of %d blocks (%.2f GiB each) in main memory, %d of them on the device at a time: "
-            "%.2f GiB less",
-            *(len(numbers), len(self.tensors), self.block_bytes / _GIB, slots),
+            "block swap: %d of %d blocks (%.2f GiB each) %s, %d of them on the device at a time: %.2f GiB less",
+            *(len(numbers), len(self.tensors), self.block_bytes / _GIB),
+            "in main memory" if self.disk is None else "on the disk",
+            slots,
             (len(numbers) - slots) * self.block_bytes / _GIB,
         )
 
-    def _home(self, number: int) -> Home:
+    def _home(self, number: int) -> Home | DiskHome:
+        if self.disk is not None:
+            return DiskHome(self.disk, self.names[number], self.tensors[number], self.device)
         return Home(self.tensors[number], self.block_bytes, self.device)
 
     def _rest(self) -> None:
@@ -335,7 +399,7 @@ class Ring:
             self._weights(self._last, self.homes[self._last])
         self.slots, self._held, self._copies, self._by_address, self._last = [], [], [], {}, None
 
-    def _weights(self, rank: int, place: Home | Packed) -> None:
+    def _weights(self, rank: int, place: Home | DiskHome | Packed) -> None:
         """Make the weights of a block what its home or a slot holds."""
         place.show(self.tensors[self.numbers[rank]])
 

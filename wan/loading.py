@@ -21,6 +21,7 @@ from wan.auto_swap import AutoSwap, choose_swap
 from wan.block_swap import Device, SwapOptions, stream_blocks, streamed_blocks, streaming_device
 from wan.compiling import CompileOptions, compile_blocks
 from wan.configs import TASKS, WanConfig
+from wan.disk import Disk
 from wan.fp8 import (
     FLOAT8,
     block_scales,
@@ -96,7 +97,8 @@ def load_dit(
             scaled = fp8_scaled or tensors.has_scales
             swap = choose_swap(asked, shape, dtype, streaming, steps, fp8, scaled)
         swapped = streamed_blocks(shape.blocks, swap.blocks_to_swap)
-        model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled, swapped)
+        disk = Disk(swap.weights_on_disk_dir or Path(path).parent) if swap.weights_on_disk and streaming else None
+        model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled, swapped, disk)
     model.attn_mode, model.split_attn = attn_mode, split_attn
     head_dim = shape.dim // shape.heads
     logger.info("attention: %s", describe_attention(attn_mode, torch.device(device), dtype, head_dim))
@@ -105,7 +107,7 @@ def load_dit(
     if hold and swapped:
         hold(model, swapped, swap.slots, streaming)
     elif streaming:
-        ring = stream_blocks(model, swapped, swap.slots, streaming)
+        ring = stream_blocks(model, swapped, swap.slots, streaming, disk)
         if asked.auto:
             model.auto_swap = AutoSwap(model, ring, asked)
     return model
@@ -178,6 +180,10 @@ class DitTensors:
     def get(self, name: str) -> Tensor:
         """Return one tensor, maybe a view of the file."""
         return self._source.get(self._keys[name])
+
+    def place(self, name: str) -> tuple[Path, int] | None:
+        """Return in which file one tensor's bytes are, and from where on; None where they are in no file as such."""
+        return self._source.place(self._keys[name])
 
     @property
     def has_scales(self) -> bool:
@@ -409,12 +415,13 @@ def _assemble(
     fp8: bool = False,
     fp8_scaled: bool = False,
     swapped: Sequence[int] = (),
+    disk: Disk | None = None,
 ) -> WanModel:
     """Return the model with its tensors read one by one, each changed, cast and placed before the next.
 
     Copies also of what could stay a view of the file: where a file's tensors begin is no multiple of what kernels read
     fastest from, and the last bits of a sum depend on it. swapped: numbers of the blocks whose tensors are
-    left in main memory. They are changed and quantised on the device all the same, for the same bits.
+    left in main memory, or on the disk. They are changed and quantised on the device all the same, for the same bits.
     """
     if unknown := [name for name in deltas if name not in tensors]:
         raise UserError(
@@ -429,7 +436,8 @@ def _assemble(
     in_main_memory = tuple(f"blocks.{number}." for number in swapped)
     hidden = None if logger.isEnabledFor(logging.INFO) else True  # by processes that leave the log to the first one
     for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=hidden):
-        tensor, scale = tensors.get(name), tensors.scale(name)
+        original = tensor = tensors.get(name)
+        scale = tensors.scale(name)
         as_float8 = fp8 and is_quantized(name)
         if scale is not None and (name in deltas or not as_float8):
             tensor, scale = tensor.to(device).float() * scale.to(device), None
@@ -449,6 +457,11 @@ def _assemble(
             weights[name] = tensor.to(home, copy=copy)
         else:
             weights[name] = cast_weight(tensor.to(device)).to(home)
+        if swapped_out and disk is not None:
+            for part in {name, scale_name(name)} & weights.keys():
+                # What is still the very tensor of the file need not be written once more.
+                place = tensors.place(name) if weights[part] is original else None
+                weights[part] = disk.keep(part, weights[part], place)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -34,6 +35,8 @@ class Weights(Protocol):
 
     def get(self, key: str) -> Tensor: ...
 
+    def place(self, key: str) -> tuple[Path, int] | None: ...
+
 
 class InMemory:
     """A state dict behind the interface of a weight file."""
@@ -50,6 +53,9 @@ class InMemory:
 
     def get(self, key: str) -> Tensor:
         return self._tensors[key]
+
+    def place(self, key: str) -> None:
+        return None
 
 
 def shapes_of(weights: Weights) -> dict[str, tuple[int, ...]]:
