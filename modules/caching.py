@@ -331,7 +331,14 @@ def as_pixels(frames: np.ndarray) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ text
 def load_text_encoder(t5: T5Options, device: torch.device) -> TextEncoder:
     """Return the text encoder with its tokenizer, ready to encode on a device."""
-    return load_t5(t5.t5, compute_dtype(torch.bfloat16, device), device, tokenizer=t5.t5_tokenizer, fp8=t5.fp8_t5)
+    return load_t5(
+        t5.t5,
+        compute_dtype(torch.bfloat16, device),
+        device,
+        tokenizer=t5.t5_tokenizer,
+        fp8=t5.fp8_t5,
+        blocks_to_swap=t5.t5_blocks_to_swap,
+    )
 
 
 def cache_texts(

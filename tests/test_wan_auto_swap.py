@@ -35,7 +35,9 @@ class Small(CpuDevice):
 
 
 def automatic(model, device: Small, slots: int | None = None) -> AutoSwap:
-    return AutoSwap(model, stream_blocks(model, [], 0, device), SwapOptions(AUTO, slots))
+    auto = AutoSwap(stream_blocks(model, [], 0, device), slots)
+    auto.watch(model)
+    return auto
 
 
 # --------------------------------------------------------------------------------------------------------- choosing

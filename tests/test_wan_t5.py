@@ -6,8 +6,22 @@ import torch
 from safetensors.torch import save_file
 
 from tests import tiny
+from tests.live_bytes import LiveBytes
+from tests.test_wan_auto_swap import Small
+from tests.test_wan_block_swap import Late
 from utils.errors import UserError
-from wan.t5 import BLOCK_NAMES, NAMES, TextEncoder, build_t5, empty_t5, load_t5, t5_config, transformers_names
+from wan.block_swap import AUTO
+from wan.t5 import (
+    BLOCK_NAMES,
+    NAMES,
+    TextEncoder,
+    build_t5,
+    empty_t5,
+    encoding_bytes,
+    load_t5,
+    t5_config,
+    transformers_names,
+)
 from wan.tokenizer import load_tokenizer
 from wan.weights import InMemory
 
@@ -223,3 +237,88 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(models, tmp_pa
 def test_a_missing_option_is_named():
     with pytest.raises(UserError, match="--t5 is missing"):
         load_t5(None)
+
+
+# ---------------------------------------------------------------------------------------------------- block swap
+@pytest.fixture(scope="module")
+def deep(models, tmp_path_factory):
+    """Load the same text encoder of four blocks in one of several ways."""
+    path = tmp_path_factory.mktemp("t5") / "t5.safetensors"
+    save_file(tiny.state_dict("t5", layers=4), path)
+
+    def load(swapped: int | str = 0, **how) -> TextEncoder:
+        return load_t5(path, torch.float32, tokenizer=models["tokenizer"], blocks_to_swap=swapped, **how)
+
+    return load
+
+
+def ring_of(encoder: TextEncoder):
+    return encoder.model.encoder.block[0].forward.func.__self__
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_swapped_blocks_give_the_same_rows_bit_by_bit(deep, monkeypatch, fp8):
+    want = deep(fp8=fp8).encode(PROMPTS)
+    monkeypatch.setattr("wan.t5.streaming_device", lambda *_: Late())
+    for swapped in range(1, 5):
+        encoder = deep(swapped, fp8=fp8)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(encoder.encode(PROMPTS), want, strict=True))
+        loads = swapped if swapped <= 2 else 2 * swapped + 1  # two stay in the ring; the next one is ahead
+        assert ring_of(encoder).loads == loads and len(ring_of(encoder).numbers) == swapped
+
+
+def test_only_what_stays_is_loaded_to_the_device(deep, models):
+    encoder = deep(2, device="meta")
+    for number, block in enumerate(encoder.model.encoder.block):
+        assert {p.device.type for p in block.parameters()} == {"cpu" if number in (1, 3) else "meta"}
+    assert encoder.model.shared.weight.device.type == "meta"
+
+
+def test_blocks_are_swapped_by_themselves_where_memory_is_short(deep, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    want = deep().encode(PROMPTS)
+    plain = deep(AUTO)
+    assert ring_of(plain).numbers == [] and "blocks of the text encoder" not in caplog.text
+    every = sum(p.nbytes for p in plain.model.parameters())
+    block = sum(p.nbytes for p in plain.model.encoder.block[0].parameters())
+    working = encoding_bytes(plain.model.config, torch.float32)
+    device = Small(LiveBytes(), 1.05 * (every + working - block) + 10_000)
+    monkeypatch.setattr("wan.t5.streaming_device", lambda *_: device)
+    encoder = deep(AUTO)
+    assert len(ring_of(encoder).numbers) == 3  # two of them are in the ring
+    assert "--t5_blocks_to_swap auto: 3 of 4 blocks of the text encoder stream from main memory" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(encoder.encode(PROMPTS), want, strict=True))
+
+
+def test_texts_that_do_not_fit_are_encoded_with_more_blocks_swapped(deep, monkeypatch, caplog):
+    want = deep().encode(PROMPTS)
+    with LiveBytes() as live:
+        monkeypatch.setattr("wan.t5.streaming_device", lambda *_: Small(live))
+        encoder = deep(AUTO)
+        assert ring_of(encoder).numbers == []
+        live.peak = resident = live.now
+        assert all(torch.equal(a, b) for a, b in zip(encoder.encode(PROMPTS), want, strict=True))
+        live.capacity = resident + (live.peak - resident) // 2
+        rows = encoder.encode(PROMPTS)
+        assert len(ring_of(encoder).numbers) >= 3
+        live.capacity = live.now + 20_000
+        with pytest.raises(UserError, match="with all 4 blocks swapped. Use --fp8_t5, or encode fewer texts"):
+            encoder.encode(PROMPTS)
+    assert all(torch.equal(a, b) for a, b in zip(rows, want, strict=True))
+    assert "--t5_blocks_to_swap auto swaps" in caplog.text
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_encoding_takes_no_more_than_the_estimate(deep, fp8):
+    encoder = deep(fp8=fp8)
+    ids = torch.randint(3, 300, (1, 512), generator=torch.Generator().manual_seed(0))
+    with LiveBytes() as live:
+        run(encoder.model, ids, [512])
+    assert live.peak <= encoding_bytes(encoder.model.config, torch.float32, fp8) <= 2.5 * live.peak
+
+
+def test_numbers_that_cannot_be_are_refused(deep):
+    for swapped, line in ((5, "5: the text encoder has 4 blocks. Use 4 or fewer"), (-1, "-1: must not be negative")):
+        with pytest.raises(UserError, match=f"--t5_blocks_to_swap {line}"):
+            deep(swapped)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from utils.devices import release_memory
 from utils.errors import UserError
@@ -22,6 +21,7 @@ from wan.model import WanModel, WanShape
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+_FIX = "use float8 weights, a smaller or shorter video, in training --gradient_checkpointing"
 _MARGIN = 1.05  # for what is lost between the pieces that memory is given out in
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -76,12 +76,20 @@ def smallest_swap(blocks: int, block_bytes: int, ring_size: int | None, others: 
 
 
 class AutoSwap:
-    """Swaps more blocks of a model whenever its memory does not suffice, and computes again what has failed."""
+    """Streams more blocks through a ring whenever memory does not suffice, and computes again what has failed.
 
-    def __init__(self, model: WanModel, ring: Ring, options: SwapOptions):
-        self.ring, self.options = ring, options
+    option, fix: what asks for it, and what else helps.
+    """
+
+    def __init__(self, ring: Ring, ring_size: int | None = None, option: str = "--blocks_to_swap", fix: str = _FIX):
+        self.ring, self.ring_size, self.option, self.fix = ring, ring_size, option, fix
         self._more = 0  # blocks that the last widening has added
-        model.velocities = partial(self._velocities, model.velocities)
+
+    def watch(self, model: WanModel) -> None:
+        """Make a model's predictions ones that are tried again."""
+        compute = model.velocities
+        model.velocities = lambda *args: self.retry(partial(compute, *args))
+        model.auto_swap = self
 
     def retry(self, compute: Callable[[], Result], restore: Callable[[], None] = lambda: None) -> Result:
         """Return what compute() returns; restore: undoes what a failed attempt has changed.
@@ -108,26 +116,21 @@ class AutoSwap:
         if swapped == blocks:
             raise UserError(
                 f"not enough GPU memory ({_short(line)}), with all {blocks} blocks swapped",
-                "use float8 weights, a smaller or shorter video, in training --gradient_checkpointing; "
-                "docs/memory.md lists what saves how much",
+                f"{self.fix}; docs/memory.md lists what saves how much",
             )
         # Twice as many as the last time, so that it does not take many attempts.
         self._more = max(1, math.ceil(_asked(line) / ring.block_bytes), 2 * self._more)
         # As many as there are slots would free nothing.
-        target = min(max(swapped, self.options.block_swap_ring_size or 2) + self._more, blocks)
+        target = min(max(swapped, self.ring_size or 2) + self._more, blocks)
         resident = [number for number in range(blocks) if number not in ring.numbers]
         added = [resident[i] for i in streamed_blocks(len(resident), target - swapped)]
         logger.warning(
-            "not enough GPU memory (%s): --blocks_to_swap auto swaps %d blocks instead of %d and computes this again",
-            *(_short(line), target, swapped),
+            "not enough GPU memory (%s): %s auto swaps %d blocks instead of %d and computes this again",
+            *(_short(line), self.option, target, swapped),
         )
         release_memory(ring.device.where)
-        ring.stream([*ring.numbers, *added], slots_for(target, self.options.block_swap_ring_size))
+        ring.stream([*ring.numbers, *added], slots_for(target, self.ring_size))
         release_memory(ring.device.where)
-
-    def _velocities(self, compute: Callable[..., list[Tensor]], *args: object) -> list[Tensor]:
-        """Return what WanModel.velocities() does."""
-        return self.retry(partial(compute, *args))
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

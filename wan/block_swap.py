@@ -78,11 +78,8 @@ def slots_for(swapped: int, ring_size: int | None) -> int:
 def check_swap(options: SwapOptions, blocks: int) -> None:
     """Raise UserError for numbers that a DiT of so many blocks has no use for."""
     swapped, slots = options.blocks_to_swap, options.block_swap_ring_size
+    check_count(swapped, blocks, "the DiT", "--blocks_to_swap")
     most = blocks if options.auto else swapped
-    if most < 0:
-        raise UserError(f"--blocks_to_swap {swapped}: must not be negative", "0 keeps all blocks on the GPU")
-    if most > blocks:
-        raise UserError(f"--blocks_to_swap {swapped}: the DiT has {blocks} blocks", f"use {blocks} or fewer, or auto")
     if slots is not None and slots < 1:
         raise UserError(
             f"--block_swap_ring_size {slots}: there must be room for the block in use", "use 2, or leave it out"
@@ -99,6 +96,14 @@ def check_swap(options: SwapOptions, blocks: int) -> None:
         raise UserError(f"--weights_on_disk_dir {folder}: is for --weights_on_disk", "add that, or leave this out")
     if folder is not None:
         require_writable_folder(folder, "--weights_on_disk_dir")
+
+
+def check_count(swapped: int | str, blocks: int, model: str, option: str) -> None:
+    """Raise UserError for a number of blocks to swap that a model of so many blocks does not have."""
+    if swapped != AUTO and swapped < 0:
+        raise UserError(f"{option} {swapped}: must not be negative", "0 keeps all blocks on the GPU")
+    if swapped != AUTO and swapped > blocks:
+        raise UserError(f"{option} {swapped}: {model} has {blocks} blocks", f"use {blocks} or fewer, or auto")
 
 
 def streamed_blocks(blocks: int, swapped: int) -> list[int]:

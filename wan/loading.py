@@ -109,7 +109,7 @@ def load_dit(
     elif streaming:
         ring = stream_blocks(model, swapped, swap.slots, streaming, disk)
         if asked.auto:
-            model.auto_swap = AutoSwap(model, ring, asked)
+            AutoSwap(ring, asked.block_swap_ring_size).watch(model)
     return model
 
 

@@ -1,8 +1,10 @@
 """The umT5 text encoder: transformers' class with the weights of the official file, and prompts to embeddings."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +14,30 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
+from wan.auto_swap import AutoSwap, smallest_swap
+from wan.block_swap import (
+    AUTO,
+    Device,
+    Ring,
+    SwapOptions,
+    check_count,
+    number_or_auto,
+    slots_for,
+    streamed_blocks,
+    streaming_device,
+)
 from wan.fp8 import FLOAT8, Float8Linear, cast_weight, use_float8_linears
+from wan.memory import held_bytes
 from wan.tokenizer import Tokenizer, load_tokenizer, tokenize
 from wan.weights import InMemory, Weights, check_names, describe, place, wrong_kind
 
 if TYPE_CHECKING:  # importing transformers takes seconds, which --help should not
     from transformers import UMT5Config, UMT5EncoderModel
 
+logger = logging.getLogger(__name__)
+
 MAX_TOKENS = 512
+SWAP = "--t5_blocks_to_swap"
 # Names in the official file and in transformers, without ".weight".
 NAMES = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 BLOCK_NAMES = {  # of blocks.N and of encoder.block.N
@@ -51,13 +69,20 @@ class T5Options:
         "cache, else downloaded)",
     )
     fp8_t5: bool = option(False, "hold the text encoder's linear weights as fp8 (e4m3fn): 6 GB instead of 11")
+    t5_blocks_to_swap: int | str = option(
+        AUTO,
+        "text encoder blocks whose weights are held in main memory, up to all of them; auto: as many as free memory "
+        "asks for",
+        parse=number_or_auto,
+        metavar="N|auto",
+    )
 
 
 class TextEncoder:
     """Prompts to the embeddings that the DiT reads: umT5 with its tokenizer."""
 
-    def __init__(self, model: "UMT5EncoderModel", tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: "UMT5EncoderModel", tokenizer: Tokenizer, auto: AutoSwap | None = None):
+        self.model, self.tokenizer, self.auto = model, tokenizer, auto
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -69,7 +94,8 @@ class TextEncoder:
         lengths = mask.sum(dim=1).tolist()
         device = self.model.shared.weight.device
         ids, mask = (x[:, : max(lengths)].to(device) for x in (ids, mask))
-        rows = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        run = partial(self.model, input_ids=ids, attention_mask=mask)
+        rows = (self.auto.retry(run) if self.auto else run()).last_hidden_state
         # Copies, because a view would keep the padding of the whole batch in memory.
         return [row[:length].clone() for row, length in zip(rows, lengths, strict=True)]
 
@@ -81,10 +107,13 @@ def load_t5(
     tokenizer: Path | str | None = None,
     fp8: bool = False,
     option: str = "--t5",
+    blocks_to_swap: int | str = 0,
 ) -> TextEncoder:
     """Return the frozen text encoder of a .pth or .safetensors file, with its tokenizer.
 
-    dtype: what it computes in; fp8: hold the linear weights as float8. Raises UserError for files that hold something
+    dtype: what it computes in; fp8: hold the linear weights as float8. blocks_to_swap: how many blocks are held in main
+    memory and stream through a ring, none of them ever on the device as a whole but there; AUTO: as many as it takes
+    to encode one text of full length, and more once memory runs out. Raises UserError for files that hold something
     else.
     """
     with open_tensors(path, option, "the weights of the text encoder") as weights:
@@ -96,7 +125,41 @@ def load_t5(
                 f"--t5_tokenizer: it has {cutter.size} tokens, but the text encoder {path} knows {config.vocab_size}",
                 "use the tokenizer of google/umt5-xxl",
             )
-        return TextEncoder(_build(weights, config, where, dtype, device, fp8), cutter)
+        check_count(blocks_to_swap, config.num_layers, "the text encoder", SWAP)
+        if not blocks_to_swap:
+            return TextEncoder(_build(weights, config, where, dtype, device, fp8), cutter)
+        streaming = streaming_device(device, SwapOptions(blocks_to_swap), SWAP)
+        swapped = blocks_to_swap if blocks_to_swap != AUTO else _fitting_swap(config, dtype, fp8, streaming)
+        numbers = streamed_blocks(config.num_layers, swapped)
+        model = _build(weights, config, where, dtype, device, fp8, numbers)
+    ring = Ring(model.encoder.block, streaming)
+    ring.stream(numbers, slots_for(swapped, None))
+    fix = "use --fp8_t5, or encode fewer texts at once with --batch_size"
+    return TextEncoder(model, cutter, AutoSwap(ring, option=SWAP, fix=fix) if blocks_to_swap == AUTO else None)
+
+
+def _fitting_swap(config: "UMT5Config", dtype: torch.dtype, fp8: bool, streaming: Device) -> int:
+    """Return how many blocks to swap so that a text of full length can be encoded; say so where there are any."""
+    model, free = empty_t5(config, fp8), streaming.free()
+    block, every = held_bytes(model.encoder.block[0], dtype), held_bytes(model, dtype)
+    rest = every - config.num_layers * block
+    working = encoding_bytes(config, dtype, fp8)
+    swapped = smallest_swap(config.num_layers, block, None, lambda swapped: rest + working, free)
+    if swapped:
+        logger.info(
+            "%s auto: %d of %d blocks of the text encoder stream from main memory; free are %.2f GB, it takes %.2f GB",
+            *(SWAP, swapped, config.num_layers, free / 1e9, (every + working) / 1e9),
+        )
+    return swapped
+
+
+def encoding_bytes(config: "UMT5Config", dtype: torch.dtype, fp8: bool = False) -> int:
+    """Return about how many bytes encoding one text of full length takes beside the weights: no less."""
+    inner = config.num_heads * config.d_kv
+    values = 4 * config.d_model + max(5 * inner, 4 * config.d_ff)
+    logits = config.num_heads * MAX_TOKENS**2 * (4 * dtype.itemsize + 3 * torch.float32.itemsize)
+    dequantized = config.d_model * max(config.d_ff, inner) * dtype.itemsize if fp8 else 0
+    return MAX_TOKENS * values * max(dtype.itemsize, 4) + logits + dequantized
 
 
 def build_t5(
@@ -188,16 +251,25 @@ class _FeedForward(nn.Module):
 
 
 def _build(
-    weights: Weights, config: "UMT5Config", where: str, dtype: torch.dtype, device: torch.device | str, fp8: bool
+    weights: Weights,
+    config: "UMT5Config",
+    where: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    fp8: bool,
+    swapped: Sequence[int] = (),
 ) -> "UMT5EncoderModel":
+    """Return the encoder on a device, but for blocks with these numbers, which are left in main memory."""
     model = empty_t5(config, fp8)
     keys = {name: key for key, name in transformers_names(weights.keys()).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _TIED}
     check_names(where, expected, {name: weights.shape(key) for name, key in keys.items()})
+    in_main_memory = tuple(f"encoder.block.{number}." for number in swapped)
     for name in expected:
         tensor = weights.get(keys[name])
+        home = "cpu" if name.startswith(in_main_memory) else device
         if isinstance(model.get_submodule(name.rpartition(".")[0]), Float8Linear):
-            place(model, name, cast_weight(tensor.to(device)), FLOAT8, device)
+            place(model, name, cast_weight(tensor.to(device)), FLOAT8, home)
         else:
-            place(model, name, tensor, dtype, device)
+            place(model, name, tensor, dtype, home)
     return model
