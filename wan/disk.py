@@ -26,6 +26,8 @@ class Place(NamedTuple):
     file: BinaryIO
     start: int
     size: int
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 class Receiver(Protocol):
@@ -56,19 +58,23 @@ class Disk:
         thread.start()
         weakref.finalize(self, _close, self._jobs, thread, self._files)
 
-    def keep(self, name: str, tensor: Tensor, place: tuple[Path, int] | None = None) -> Tensor:
-        """Have a tensor on the disk and return its stand-in; place: where a file holds it bit by bit, and from where.
-
-        The stand-in has its dtype and shape, takes no memory to speak of, and reads as NaN.
-        """
+    def keep(self, name: str, tensor: Tensor, place: tuple[Path, int] | None = None) -> None:
+        """Have a tensor on the disk; place: which file holds it bit by bit, and from where on."""
         if place is None:
             path, start = self.folder, self._write(tensor)
         else:
             path, start = place
             if path not in self._files:
                 self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115, closed by _close()
-        self._places[name] = Place(path, self._files[path], start, tensor.nbytes)
-        return stand_in(tensor)
+        self._places[name] = Place(path, self._files[path], start, tensor.nbytes, tensor.dtype, tensor.shape)
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        """Return for each tensor one of its dtype and shape that takes no memory to speak of and reads as NaN.
+
+        To be called when all are there: small pieces of memory that are made between large ones keep the system from
+        getting back what the large ones have taken.
+        """
+        return {name: stand_in(place.dtype, place.shape) for name, place in self._places.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -130,7 +136,7 @@ class DiskHome:
         self.places = [disk[name] for name in names]
         ends = itertools.accumulate((aligned(place.size) for place in self.places), initial=0)
         self.starts = list(ends)[:-1]
-        self.stand_ins = [stand_in(tensor) for tensor in tensors]
+        self.stand_ins = [stand_in(tensor.dtype, tensor.shape) for tensor in tensors]
         self.show(tensors)
 
     def show(self, tensors: Sequence[Tensor]) -> None:
@@ -155,9 +161,9 @@ class DiskHome:
                 self.disk.read(place, first - begins, view[first - start : last - start])
 
 
-def stand_in(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same dtype and shape in main memory that is one NaN, seen everywhere."""
-    return torch.full((tensor.element_size(),), 255, dtype=torch.uint8).view(tensor.dtype)[0].expand(tensor.shape)
+def stand_in(dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return a tensor in main memory that is one NaN, seen everywhere."""
+    return torch.full((dtype.itemsize,), 255, dtype=torch.uint8).view(dtype)[0].expand(shape)
 
 
 def _work(jobs: queue.SimpleQueue) -> None:

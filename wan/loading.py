@@ -461,7 +461,9 @@ def _assemble(
             for part in {name, scale_name(name)} & weights.keys():
                 # What is still the very tensor of the file need not be written once more.
                 place = tensors.place(name) if weights[part] is original else None
-                weights[part] = disk.keep(part, weights[part], place)
+                disk.keep(part, weights.pop(part), place)
+    if disk is not None:
+        weights.update(disk.stand_ins())
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 
