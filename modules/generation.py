@@ -240,10 +240,7 @@ def step_of(request: Request, config: WanConfig, sampling: SamplingOptions) -> M
     """Return what the largest step of a request computes."""
     width, height = output_size(request)
     grid = latent_size(output_frames(request, config), width, height)
-    scale = guidance_of(request, config)
-    weights = (
-        (scale,) if isinstance(scale, float | int) else (request.guidance_scale, request.guidance_scale_high_noise)
-    )
+    weights = request.guidance_scale, request.guidance_scale_high_noise
     letters = set(pattern_of(request.steps, sampling))
     passes = max(len(predictions(letter, weight)) for letter in letters for weight in weights)
     return MemoryStep(grid, passes=passes)

@@ -141,6 +141,15 @@ def test_each_attempt_swaps_twice_as_many_more_and_at_least_what_was_asked_for(l
     assert other.ring.numbers == [0, 1, 2, 3]
 
 
+def test_one_of_several_processes_does_not_try_again(load):
+    auto = automatic(load(), CpuDevice(), 1)
+    auto.alone = False
+    with pytest.raises(
+        UserError, match="several processes cannot try again. Give --blocks_to_swap a number, more than 0"
+    ):
+        auto.widen("CUDA out of memory. Tried to allocate 1.00 MiB. GPU 0 has ...")
+
+
 def test_other_errors_pass_and_what_was_changed_is_restored_before_another_attempt(load):
     auto, log = automatic(load(), CpuDevice()), []
 
@@ -165,7 +174,7 @@ def test_auto_is_recommended_where_memory_runs_out_without_it(swapped, given):
         raise ValueError
 
 
-def test_more_blocks_join_a_ring_without_those_that_leave_no_trace(load):
+def test_blocks_that_join_a_ring_change_no_bit(load):
     model, plain = load("fp8_scaled"), load("fp8_scaled")
     ring = stream_blocks(model, streamed_blocks(4, 1), 1, CpuDevice())
     given = {**guided_inputs(plain)[2][0], "x": guided_inputs(plain)[0], "timestep": guided_inputs(plain)[1]}

@@ -35,7 +35,7 @@ class InPieces(CpuDevice):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Files of the same random DiT: whole, in two parts, in bfloat16 and float16."""
+    """Files of the same random DiT: whole, in two parts, in bfloat16."""
     folder = tmp_path_factory.mktemp("dit")
     weights = tiny.state_dict("dit_t2v", blocks=BLOCKS)
     paths = {

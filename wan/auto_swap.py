@@ -83,6 +83,7 @@ class AutoSwap:
 
     def __init__(self, ring: Ring, ring_size: int | None = None, option: str = "--blocks_to_swap", fix: str = _FIX):
         self.ring, self.ring_size, self.option, self.fix = ring, ring_size, option, fix
+        self.alone = True  # no other process takes part in what is computed, and would have to try again too
         self._more = 0  # blocks that the last widening has added
 
     def watch(self, model: WanModel) -> None:
@@ -117,6 +118,11 @@ class AutoSwap:
             raise UserError(
                 f"not enough GPU memory ({_short(line)}), with all {blocks} blocks swapped",
                 f"{self.fix}; docs/memory.md lists what saves how much",
+            )
+        if not self.alone:
+            raise UserError(
+                f"not enough GPU memory ({_short(line)}), and several processes cannot try again",
+                f"give {self.option} a number, more than {swapped}",
             )
         # Twice as many as the last time, so that it does not take many attempts.
         self._more = max(1, math.ceil(_asked(line) / ring.block_bytes), 2 * self._more)
