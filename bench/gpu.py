@@ -46,7 +46,7 @@ from bench.steps import (
 from bench.two_way import plain_twin
 from utils.files import atomic_path
 from wan.attention import ATTENTION_MODES
-from wan.block_swap import streaming_device
+from wan.block_swap import SwapOptions, streaming_device
 from wan.configs import TASKS
 from wan.model import WanModel, WanShape
 from wan.vae import VaeShape
@@ -125,7 +125,7 @@ class Lab:
             self.dit.attn_mode = self.attn_mode
             self.held = name, fp8
         if swapped and not self.swapped:
-            swap(self.dit, len(self.dit.blocks), streaming_device(self.device, pinned=True))
+            swap(self.dit, len(self.dit.blocks), streaming_device(self.device, SwapOptions()))
             self.swapped = True
         return self.dit
 

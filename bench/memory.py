@@ -42,7 +42,7 @@ from bench.steps import (
     training_step,
 )
 from utils.files import atomic_path
-from wan.block_swap import CpuDevice, Device, Ring, streamed_blocks, streaming_device
+from wan.block_swap import CpuDevice, Device, Ring, SwapOptions, streamed_blocks, streaming_device
 from wan.configs import TASKS
 from wan.model import WanModel
 from wan.vae import VaeShape
@@ -297,7 +297,7 @@ def step_of(plan: Plan, work: Work, dit: WanModel, device: torch.device) -> Call
 def measured(plan: Plan, device: torch.device) -> Cost:
     """Return what a step of the plan takes on a GPU."""
     work = plan.work
-    streaming = streaming_device(device, pinned=True) if work.swapped else None
+    streaming = streaming_device(device, SwapOptions()) if work.swapped else None
     dit, ring = prepared(plan, work, device, streaming, Tensor.cpu)
     step = step_of(plan, work, dit, device)
     step()
