@@ -18,6 +18,8 @@ from utils.options import option, suggest
 logger = logging.getLogger(__name__)
 
 _NAMES = {"adamw": "torch.optim.AdamW", "adamw8bit": "bitsandbytes.optim.AdamW8bit"}
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)
+_KERNELS = ("fused", "foreach", "differentiable", "capturable")  # arguments that choose between torch's kernels
 # Optimizers with these words in their name take control of the learning rate or of the training loop.
 _UNSUPPORTED = ("schedulefree", "adafactor")
 
@@ -97,8 +99,14 @@ def check_optimizer(
         ) from error
 
 
-def make_optimizer(options: OptimizerOptions, groups: Sequence[dict[str, Any]]) -> tuple[Optimizer, str]:
-    """Return the optimizer of the parameter groups, and its description for metadata: "module.Class(args)"."""
+def make_optimizer(
+    options: OptimizerOptions, groups: Sequence[dict[str, Any]], fused: bool = True
+) -> tuple[Optimizer, str]:
+    """Return the optimizer of the parameter groups, and its description for metadata: "module.Class(args)".
+
+    fused: by torch's fused kernels, where it has them and the arguments do not choose. They are several times faster
+    than the others and need no copies of the parameters.
+    """
     kind = _optimizer_class(options.optimizer_type)
     arguments = parse_arguments(options.optimizer_args, "--optimizer_args")
     known = inspect.signature(kind.__init__).parameters
@@ -109,8 +117,10 @@ def make_optimizer(options: OptimizerOptions, groups: Sequence[dict[str, Any]]) 
                 f"--optimizer_args {name}: {kind.__name__} has no such argument",
                 suggest(name, known) or f"it has {', '.join(list(known)[2:])}",
             )
+    fuses = fused and kind in _FUSED and not any(arguments.get(name) is not None for name in _KERNELS)
+    kernels = {"fused": True} if fuses else {}
     try:
-        optimizer = kind([dict(group) for group in groups], lr=options.learning_rate, **arguments)
+        optimizer = kind([dict(group) for group in groups], lr=options.learning_rate, **arguments | kernels)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--optimizer_type {options.optimizer_type}: {kind.__name__} refuses its arguments ({_first_line(error)})",

@@ -106,8 +106,10 @@ class Trainer:
         self.parameters = list(self.module.parameters())
         workers = min(training.max_data_loader_n_workers, os.cpu_count() or 1)
         loader = make_loader(plan.data, workers, training.persistent_data_loader_workers)
+        # The fused kernels leave out a step whose gradients overflow without a word; accelerate would not know.
+        fused = accelerator.scaler is None
         optimizer, self.optimizer_name = make_optimizer(
-            options.optimizer, self.trained.parameter_groups(options.optimizer.learning_rate)
+            options.optimizer, self.trained.parameter_groups(options.optimizer.learning_rate), fused
         )
         self.loader, self.optimizer = accelerator.prepare(loader, optimizer)
         self.schedule = make_schedule(options.optimizer, self.optimizer, plan.total_steps)

@@ -26,6 +26,26 @@ def test_adamw_is_the_default_and_takes_python_literals():
     assert make_optimizer(_options(), _groups())[1] == "torch.optim.adamw.AdamW"
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_a_fused_step_is_the_step_up_to_rounding_and_stands_back_behind_arguments(name):
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(size)) for size in ((16, 4), (30,))]
+        groups = [{"params": weights[:1], "lr": 1e-2}, {"params": weights[1:], "lr": 1e-3}]
+        optimizer, described = make_optimizer(_options("--optimizer_type", name), groups, fused)
+        assert bool(optimizer.defaults["fused"]) == fused and "fused" not in described
+        for _ in range(4):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        results.append(torch.cat([weight.detach().flatten() for weight in weights]))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
+    for argument in ("fused=False", "foreach=True"):
+        optimizer, described = make_optimizer(_options("--optimizer_args", argument), _groups())
+        assert not optimizer.defaults["fused"] and argument in described
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("AdamW", "AdamW"), ("ADAMW", "AdamW"), ("SGD", "SGD"), ("torch.optim.Adam", "Adam"), ("adamw8bit", "AdamW8bit")],
