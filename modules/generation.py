@@ -159,6 +159,7 @@ class Models:
             swap=self.swap,
             compiling=self.compiling,
             steps=steps,
+            residual_dtype=parse_dtype(self.dit.residual_dtype),
         )
 
     def load_vae(self) -> WanVAE:

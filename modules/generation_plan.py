@@ -211,6 +211,7 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         "clip": models.clip.clip.name if models.clip.clip else None,
         "attn_mode": models.run.attn_mode,
         "fp8": ("scaled" if models.run.fp8_scaled else "plain") if models.run.fp8 or models.run.fp8_scaled else None,
+        "residual_dtype": models.dit.residual_dtype if models.dit.residual_dtype != "float32" else None,
         "lora": [
             {"file": path.name, "sha256": file_hash(path), "multiplier": multiplier}
             for path, multiplier in models.lora.files()

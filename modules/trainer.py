@@ -25,7 +25,7 @@ from modules.preflight import Plan, check
 from modules.samples import Sampler
 from modules.train_options import TrainOptions
 from modules.trained import Trained
-from utils.devices import default_device, dtype_name
+from utils.devices import default_device, dtype_name, parse_dtype
 from utils.errors import UserError
 from utils.options import option
 from wan.auto_swap import AutoSwap, auto_recommended
@@ -90,6 +90,7 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
             hold=trained.hold,
             compiling=plan.compiling,
             steps=plan.steps(),
+            residual_dtype=parse_dtype(options.dit.residual_dtype),
         )
     return Trainer(plan, dit, accelerator, sampler)
 

@@ -124,7 +124,10 @@ def test_gradient_checkpointing_changes_nothing(trainer):
         torch.testing.assert_close(first[key], second[key], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("flags", ["--fp8_base", "--fp8_base --fp8_scaled", "--split_attn", "--mixed_precision bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--fp8_base", "--fp8_base --fp8_scaled", "--split_attn", "--mixed_precision bf16", "--residual_dtype bf16"],
+)
 def test_every_way_to_save_memory_trains_nearly_the_same(trainer, flags):
     options = "--max_train_steps 4 --learning_rate 1e-3"
     want, got = _final_losses(trainer(options)), _final_losses(trainer(f"{options} {flags}"))

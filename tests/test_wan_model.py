@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.tiny_world.recipe import WEIGHTS
 from tests import tiny
 from tests.diffusers_dit import diffusers_dit, padded
 from wan.configs import TASKS
-from wan.loading import build_dit
+from wan.loading import build_dit, load_dit
 from wan.model import WanModel, WanShape, sinusoid
 
 
@@ -327,3 +328,17 @@ def test_a_video_of_many_tokens_keeps_no_keys():
     context = model.context(given["text"], reused=True)
     assert torch.equal(model(given["x"], given["timestep"], context), model(**given))
     assert context.keys_values == {}
+
+
+@torch.no_grad()
+def test_a_residual_stream_in_bfloat16_is_half_the_memory_for_twice_the_rounding_of_a_bfloat16_dit():
+    def load(dtype, residual_dtype):
+        return load_dit(WEIGHTS / "dit_t2v.safetensors", TASKS["t2v-1.3B"], dtype, "cpu", residual_dtype=residual_dtype)
+
+    bf16 = torch.bfloat16
+    exact, half, both = load(torch.float32, torch.float32), load(bf16, torch.float32), load(bf16, bf16)
+    given = random_inputs(exact, batch=4, grid=(5, 8, 8), rows=(20, 9, 16, 40))
+    velocity = exact(**given)
+    alone, together = distance(half(**given), velocity), distance(both(**given), velocity)
+    assert 1e-3 < alone < 0.7 * together < 0.7 * 2e-2
+    assert exact.token_bytes(given["x"]) == 2 * both.token_bytes(given["x"])

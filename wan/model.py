@@ -50,14 +50,16 @@ class Context:
 class WanModel(nn.Module):
     """The DiT of Wan2.1, and those of Wan2.2 whose timestep is one number for a whole video.
 
-    Linear layers compute in `dtype`; the time path, modulation, norms, the residual stream and the head in float32,
-    whatever the dtype of their weights, and without autocast. Parameters have the names of the official files.
+    Linear layers compute in `dtype`; the time path, modulation, norms, sums and the head in float32, whatever the dtype
+    of their weights, and without autocast; between them the residual stream is held in `residual_dtype`. Parameters
+    have the names of the official files.
     """
 
     def __init__(self, shape: WanShape):
         super().__init__()
         self.shape = shape
         self.gradient_checkpointing = False
+        self.residual_dtype = torch.float32
         self.attn_mode = "torch"
         self.split_attn = False
         dim = shape.dim
@@ -141,12 +143,12 @@ class WanModel(nn.Module):
         def finish(tokens: Tensor) -> Tensor:
             return self.unpatchify(self.head(tokens, time), grid)
 
-        return tokens, (modulation, rope, context, self.attn_mode, self.split_attn), finish
+        return tokens.to(self.residual_dtype), (modulation, rope, context, self.attn_mode, self.split_attn), finish
 
     def token_bytes(self, x: Tensor) -> int:
         """Return how many bytes the residual stream [B L D] of noisy latents x [B 16 F H W] takes."""
         tokens = len(x) * math.prod(x.shape[2:]) // math.prod(self.shape.patch)
-        return tokens * self.shape.dim * torch.float32.itemsize
+        return tokens * self.shape.dim * self.residual_dtype.itemsize
 
     def context(self, text: Sequence[Tensor], image_features: Tensor | None = None, reused: bool = False) -> Context:
         """Return what forward() makes of text and image_features, to give it in place of the text.
@@ -240,7 +242,7 @@ class WanAttentionBlock(nn.Module):
         attn_mode: str = "torch",
         split_attn: bool = False,
     ) -> Tensor:
-        """Return the residual stream after this block: [B L D], float32 like x.
+        """Return the residual stream after this block: [B L D] in the dtype of x.
 
         modulation [6 B D], float32: shift, scale and gate of self-attention, then of the MLP. rope: see rotate().
         """
@@ -267,7 +269,7 @@ class WanAttentionBlock(nn.Module):
         how = attn_mode, split_attn
         h = modulated_norm(x, shift_attn, scale_attn, self.eps).to(dtype)
         x = gated_sum(x, self.self_attn(h, rope, *how), gate_attn)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), keys_values, text_bias, *how)
+        x = plain_sum(x, self.cross_attn(self.norm3(x).to(dtype), keys_values, text_bias, *how))
         h = modulated_norm(x, shift_ffn, scale_ffn, self.eps).to(dtype)
         return gated_sum(x, self.ffn(h), gate_ffn)
 
@@ -380,23 +382,28 @@ class Linear32(nn.Linear):
 
 
 class LayerNorm32(nn.LayerNorm):
-    """A layer norm of float32 input whatever its weights are held in."""
+    """A layer norm that computes in float32 whatever its input and weights are held in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return LayerNorm(x) (1 + scale) + shift for x [B L D] and shift, scale [B D], in float32."""
-    width = x.shape[-1:]
+    x, width = x.float(), x.shape[-1:]
     if len(x) == 1:  # then it is the affine map that the norm's kernel has built in
         return F.layer_norm(x, width, 1 + scale[0], shift[0], eps)
     return torch.addcmul(shift[:, None], F.layer_norm(x, width, eps=eps), 1 + scale[:, None])
 
 
 def gated_sum(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Return x + update * gate for x and update [B L D] and gate [B D], in float32."""
-    return torch.addcmul(x, update.float(), gate[:, None])
+    """Return x + update * gate in the dtype of x for x and update [B L D] and gate [B D], computed in float32."""
+    return torch.addcmul(x.float(), update.float(), gate[:, None]).to(x.dtype)
+
+
+def plain_sum(x: Tensor, update: Tensor) -> Tensor:
+    """Return x + update in the dtype of x, computed in float32."""
+    return (x.float() + update).to(x.dtype)
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
