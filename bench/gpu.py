@@ -47,8 +47,9 @@ from bench.two_way import plain_twin
 from utils.files import atomic_path
 from wan.attention import ATTENTION_MODES
 from wan.block_swap import SwapOptions, streaming_device
+from wan.checkpointing import save_memory
 from wan.configs import TASKS
-from wan.model import WanModel, WanShape
+from wan.model import WanModel, WanShape, call
 from wan.vae import VaeShape
 
 GIB = 1 << 30
@@ -284,12 +285,12 @@ def generation_peak(lab: Lab, line: Line, model: str, work: Work) -> Line:
 def lora_on(dit: WanModel, work: Work, device: torch.device) -> Iterator[Callable[[], Tensor]]:
     """Yield what takes the next step of training a LoRA with gradient checkpointing; the DiT is then as it was."""
     network = attached_lora(dit, device)
-    dit.gradient_checkpointing = True
+    save_memory(dit, checkpointing=True)
     try:
         yield training_step(dit, network, work, device)
     finally:
         network.detach()
-        dit.gradient_checkpointing = False
+        dit.run_block = call
 
 
 def training(lab: Lab, line: Line, model: str, work: Work) -> Line:

@@ -43,6 +43,7 @@ from bench.steps import (
 )
 from utils.files import atomic_path
 from wan.block_swap import CpuDevice, Device, Ring, SwapOptions, streamed_blocks, streaming_device
+from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.model import WanModel
 from wan.vae import VaeShape
@@ -289,7 +290,7 @@ def prepared(
 
 def step_of(plan: Plan, work: Work, dit: WanModel, device: torch.device) -> Callable[[], Tensor]:
     if plan.train:
-        dit.gradient_checkpointing = plan.checkpointing
+        save_memory(dit, plan.checkpointing)
         return training_step(dit, attached_lora(dit, device, plan.rank), work, device)
     return generation_step(dit, work, device)
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench.dit import Size, both, inputs
 from bench.measure import TWO_WAY, Row, Setting, compared, main
 from bench.two_way import plain_twin
 from networks.lora import LoRABranch
 from tests.diffusers_dit import padded
+from wan.checkpointing import save_memory
+from wan.recompute import saving
 
 SIZE = Size(256, 1024, 2, 4, 256, (8, 16, 16))
 RANK = 16
@@ -34,18 +37,17 @@ def add_branches(blocks: nn.ModuleList) -> list[nn.Parameter]:
 
 def kept_bytes(run: Callable[[], Tensor], blocks: nn.ModuleList) -> int:
     """Return the bytes of what `run` keeps for the backward pass; of a weight or buffer of the blocks, nothing."""
-    own = {tensor.data_ptr() for tensor in (*blocks.parameters(), *blocks.buffers())}
-    kept: dict[int, int] = {}
+    own = {tensor.untyped_storage()._cdata for tensor in (*blocks.parameters(), *blocks.buffers())}
+    seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def watch(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        if storage._cdata not in own:
+            seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
+    with saving(watch):
+        result = run()  # noqa: F841, it holds what is kept
+    return sum(size for storage, size in seen.values() if not storage.expired())
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -70,16 +72,14 @@ def rows(setting: Setting) -> Iterator[Row]:
 
     runs = {"": run_theirs, TWO_WAY: run_twin}
     name, unit = f"LoRA training, d={SIZE.dim}, S=512", "MB"
+    for dit in (ours, *dits.values()):
+        dit.train()
+    save_memory(ours, checkpointing=False)
     mine = kept_bytes(run_ours, ours.blocks)
     for ending, run in runs.items():
         other = kept_bytes(run, dits[ending].blocks)
         label = f"{name}: kept for the backward pass{ending}"
         yield Row(label, mine / 1e6, other / 1e6, mine / other, 0.45, unit)
-
-    ours.gradient_checkpointing = twin.gradient_checkpointing = True
-    theirs.enable_gradient_checkpointing()
-    for dit in (ours, *dits.values()):
-        dit.train()
 
     def step(run: Callable[[], Tensor], weights: list[nn.Parameter]) -> Callable[[], Tensor]:
         def stepped() -> Tensor:
@@ -89,9 +89,14 @@ def rows(setting: Setting) -> Iterator[Row]:
 
         return stepped
 
-    goals = {"": 0.85, TWO_WAY: 0.7}
-    others = {ending: (step(run, trained[ending]), goals[ending]) for ending, run in runs.items()}
-    yield from compared(f"{name}, checkpointed step", step(run_ours, trained_ours), others, setting)
+    others = {ending: step(run, trained[ending]) for ending, run in runs.items()}
+    for kind, goals in (("step", (None, None)), ("checkpointed step", (0.85, 0.7))):
+        if kind == "checkpointed step":
+            save_memory(ours, checkpointing=True)
+            theirs.enable_gradient_checkpointing()
+            twin.gradient_checkpointing = True
+        pairs = {ending: (other, goal) for (ending, other), goal in zip(others.items(), goals, strict=True)}
+        yield from compared(f"{name}, {kind}", step(run_ours, trained_ours), pairs, setting)
 
 
 if __name__ == "__main__":

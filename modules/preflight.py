@@ -1,5 +1,6 @@
 """Everything that can be checked before a large model loads, and the plan of the run that comes out of it."""
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from modules.flow_matching import check_timesteps
 from modules.generation import RunOptions, SamplingOptions, step_of
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
-from modules.train_options import AttentionOptions, TrainingOptions, TrainOptions
+from modules.train_options import AttentionOptions, PrecisionOptions, TrainingOptions, TrainOptions
 from modules.trained import Trained
 from utils.errors import UserError
 from wan.attention import check_attention
@@ -23,6 +24,8 @@ from wan.configs import TASKS, WanConfig
 from wan.loading import check_dit, dit_dtype
 from wan.memory import Step
 from wan.model import WanShape
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     config = TASKS[options.dit.task]
     _refuse_later(options)
     _check_numbers(options.training)
+    _warn_of_unused(options.precision)
     check_timesteps(options.timesteps)
     attn_mode = choose_attention(options.attention)
     compiling = options.compiling.resolved()
@@ -130,6 +134,12 @@ def _check_numbers(training: TrainingOptions) -> None:
         raise UserError(f"--seed {training.seed}: must be from 0 to 2^63 - 1", "leave it out to have one drawn")
     if training.max_data_loader_n_workers < 0:
         raise UserError(f"--max_data_loader_n_workers {training.max_data_loader_n_workers}: must not be negative")
+
+
+def _warn_of_unused(precision: PrecisionOptions) -> None:
+    for name in ("gradient_checkpointing_cpu_offload", "gradient_checkpointing_keep_attention"):
+        if getattr(precision, name) and not precision.gradient_checkpointing:
+            logger.warning("--%s: ignored without --gradient_checkpointing", name)
 
 
 def choose_attention(options: AttentionOptions) -> str:

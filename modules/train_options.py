@@ -46,7 +46,17 @@ class PrecisionOptions:
     )
     fp8_base: bool = option(False, "for a LoRA: hold the DiT's linear weights as float8 (e4m3fn), half their memory")
     fp8_scaled: bool = option(False, "with --fp8_base: with a scale for every 64 weights, which is more exact")
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: much less memory")
+    gradient_checkpointing: bool = option(
+        False, "keep only the inputs of blocks and compute all else again in the backward pass: much less memory"
+    )
+    gradient_checkpointing_cpu_offload: bool = option(
+        False, "with --gradient_checkpointing: these inputs wait in main memory, for little time"
+    )
+    gradient_checkpointing_keep_attention: bool = option(
+        False,
+        "with --gradient_checkpointing: keep the results of self-attention too, half a block's input or as much again: "
+        "videos train faster",
+    )
 
 
 @dataclass(frozen=True)

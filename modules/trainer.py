@@ -29,6 +29,7 @@ from utils.devices import default_device, dtype_name, parse_dtype
 from utils.errors import UserError
 from utils.options import option
 from wan.auto_swap import AutoSwap, auto_recommended
+from wan.checkpointing import offloading, save_memory
 from wan.configs import WanConfig
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -101,7 +102,14 @@ class Trainer:
     def __init__(self, plan: Plan, dit: WanModel, accelerator: Accelerator, sampler: Sampler | None = None):
         options, training = plan.options, plan.options.training
         self.plan, self.accelerator, self.dit, self.sampler = plan, accelerator, dit, sampler
-        self.dit.gradient_checkpointing = options.precision.gradient_checkpointing
+        precision = options.precision
+        offloads = precision.gradient_checkpointing and precision.gradient_checkpointing_cpu_offload
+        save_memory(
+            dit,
+            precision.gradient_checkpointing,
+            offloading(accelerator.device) if offloads else None,
+            precision.gradient_checkpointing_keep_attention,
+        )
         self.trained = plan.trained
         self.module = self.trained.attach(dit, accelerator.device)
         self.parameters = list(self.module.parameters())
@@ -293,7 +301,8 @@ class Trainer:
             "num_batches_per_epoch": len(self.loader),
             "num_epochs": self.plan.epochs,
             "gradient_checkpointing": options.precision.gradient_checkpointing,
-            "gradient_checkpointing_cpu_offload": False,
+            "gradient_checkpointing_cpu_offload": options.precision.gradient_checkpointing
+            and options.precision.gradient_checkpointing_cpu_offload,
             "gradient_accumulation_steps": options.training.gradient_accumulation_steps,
             "max_train_steps": self.plan.total_steps,
             "lr_warmup_steps": optimizer.lr_warmup_steps,

@@ -209,7 +209,8 @@ class _Adapted:
     def forward(self, x: Tensor) -> Tensor:
         if self.network.multiplier == 0 or self.branch.skipped():
             return self.original(x)
-        return self.original(x) + self.branch(x, self.network.multiplier)
+        # The large product comes last: gradient checkpointing, which runs a block again, stops before the very last.
+        return self.branch(x, self.network.multiplier) + self.original(x)
 
 
 def _attach(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:

@@ -21,6 +21,7 @@ from modules import caching, flow_matching, generation, guidance, prompts, solve
 from networks import formats, lora_wan
 from utils.safetensors_io import save_file_atomically
 from wan import clip, fp8, loading, t5, tokenizer, vae
+from wan.checkpointing import save_memory
 from wan.clip import ImageEncoder
 from wan.configs import TASKS
 from wan.t5 import TextEncoder
@@ -48,7 +49,7 @@ def attach_lora(model, state_dict, alpha, multiplier=1.0):
 
 
 def set_gradient_checkpointing(model, enabled):
-    model.gradient_checkpointing = enabled
+    save_memory(model, enabled)
 
 
 def merge_lora(state_dict, loras, multipliers):

@@ -178,7 +178,8 @@ def four_blocks(tmp_path, monkeypatch):
     """A DiT of four blocks, which are swapped by the slowest of GPUs."""
     monkeypatch.setattr("wan.loading.streaming_device", lambda *_: LateBothWays())
     path = tmp_path / "four.safetensors"
-    save_file_atomically(tiny.state_dict("dit_t2v", blocks=4), path, {"num_heads": "3"})
+    wide = 4 * 96  # an MLP beside which layers too are computed again in the backward pass
+    save_file_atomically(tiny.state_dict("dit_t2v", blocks=4, ffn=wide), path, {"num_heads": "3"})
     return path
 
 

@@ -112,16 +112,33 @@ def test_epochs_are_saved_but_for_the_last_and_outdated_ones_go(trainer):
     assert _metadata(run)["ss_epoch"] == "4"
 
 
-def test_gradient_checkpointing_changes_nothing(trainer):
-    plain, checkpointed = (
-        trainer(f"--max_train_steps 2 --learning_rate 1e-3 {flag}") for flag in ("", "--gradient_ch")
-    )
-    for run in (plain, checkpointed):
+def test_gradient_checkpointing_changes_nothing_and_is_told_in_the_metadata(trainer):
+    checkpointing = "--gradient_checkpointing"
+    loras = []
+    for flags, said in (
+        ("", ("False", "False")),
+        (checkpointing, ("True", "False")),
+        (f"{checkpointing} --gradient_checkpointing_cpu_offload", ("True", "True")),
+        (f"{checkpointing} --gradient_checkpointing_keep_attention --blocks_to_swap 1", ("True", "False")),
+        ("--gradient_checkpointing_cpu_offload", ("False", "False")),
+    ):
+        run = trainer(f"--max_train_steps 2 --learning_rate 1e-3 --network_dropout 0.1 {flags}")
         run.run()
-    assert checkpointed.dit.gradient_checkpointing
-    first, second = _lora(plain), _lora(checkpointed)
-    for key in first:
-        torch.testing.assert_close(first[key], second[key], atol=1e-6, rtol=1e-4)
+        loras.append(_lora(run))
+        metadata = _metadata(run)
+        assert said == tuple(metadata[f"ss_gradient_checkpointing{more}"] for more in ("", "_cpu_offload"))
+    for lora in loras[1:]:
+        assert all(torch.equal(lora[key], loras[0][key]) for key in loras[0])
+
+
+def test_offloading_sends_the_inputs_of_blocks_away_and_needs_checkpointing(trainer, caplog):
+    run = trainer("--max_train_steps 1 --gradient_checkpointing --gradient_checkpointing_cpu_offload")
+    run.run()
+    offload = run.dit.run_block.keywords["offload"]
+    assert offload.bytes_away == offload.bytes_back > 0
+    for name in ("cpu_offload", "keep_attention"):
+        trainer(f"--max_train_steps 1 --gradient_checkpointing_{name}")
+        assert f"--gradient_checkpointing_{name}: ignored without --gradient_checkpointing" in caplog.text
 
 
 @pytest.mark.parametrize(

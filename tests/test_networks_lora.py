@@ -8,6 +8,7 @@ from networks.formats import deltas
 from networks.lora import Dropouts, LoRABranch, LoRANetwork, linear_layers, lora_name
 from networks.lora_wan import create_network, create_network_from_weights
 from utils.errors import UserError
+from wan.checkpointing import save_memory
 from wan.loading import build_dit
 
 
@@ -47,7 +48,7 @@ def test_gradients_are_the_recorded_ones_with_and_without_checkpointing(recipe, 
     model, cases = _dit(recipe, kind), recipe.cases(f"lora_{kind}")
     network = create_network_from_weights(recipe.state_dict(f"lora_{kind}"), model)
     network.attach(model)
-    model.gradient_checkpointing = checkpointing
+    save_memory(model, checkpointing)
     _loss(model, cases["forward"]["inputs"])[0].backward()
     want = {key[5:]: value for key, value in cases["gradients"]["outputs"].items() if key.startswith("grad/")}
     got = dict(network.named_parameters())
@@ -176,7 +177,7 @@ def test_dropout_is_the_same_in_the_pass_that_checkpointing_repeats(recipe):
             recipe.state_dict("lora_t2v"), model, dropout=0.3, args={"rank_dropout": "0.2", "module_dropout": "0.3"}
         )
         network.attach(model)
-        model.gradient_checkpointing = checkpointing
+        save_memory(model, checkpointing)
         torch.manual_seed(5)
         _loss(model, recipe.cases("lora_t2v")["forward"]["inputs"])[0].backward()
         grads.append({key: p.grad for key, p in network.named_parameters() if p.grad is not None})

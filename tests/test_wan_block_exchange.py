@@ -14,6 +14,7 @@ from tests import tiny
 from tests.test_wan_model import random_inputs
 from wan.block_exchange import exchange_blocks
 from wan.block_swap import CpuDevice, CudaDevice, packed_bytes, streamed_blocks
+from wan.checkpointing import save_memory
 from wan.loading import build_dit
 from wan.model import WanModel
 
@@ -106,7 +107,7 @@ class Run:
         self, fused: bool, checkpointing: bool = False, dtype=torch.float32, make=torch.optim.AdamW, device="cpu"
     ):
         self.model = build_dit(weights(), heads=3, dtype=dtype).to(device)
-        self.model.gradient_checkpointing = checkpointing
+        save_memory(self.model, checkpointing)
         self.fused, self.make = fused, make
         self.exchange = self.device = None
 

@@ -12,6 +12,7 @@ from tests.test_wan_model import model_of, random_inputs, trained_gradients
 from utils.errors import UserError
 from utils.safetensors_io import save_file_atomically
 from wan.block_swap import CpuDevice, CudaDevice, Ring, SwapOptions, check_swap, stream_blocks, streamed_blocks
+from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -98,7 +99,7 @@ def load(tmp_path_factory):
 
     def load(weights: str = "float32", checkpointing: bool = False, device: str = "cpu", **options) -> WanModel:
         model = load_dit(path, TASKS["t2v-14B"], torch.float32, device, **WEIGHTS[weights], **options)
-        model.gradient_checkpointing = checkpointing
+        save_memory(model, checkpointing)
         return model
 
     return load

@@ -15,6 +15,7 @@ from tests.test_wan_model import distance, model_of, random_inputs
 from utils.errors import UserError, run_script
 from utils.options import parse_options
 from wan.block_swap import CudaDevice
+from wan.checkpointing import save_memory
 from wan.compiling import CompileOptions, check_compile, compile_blocks
 from wan.fp8 import quantize, use_float8_linears
 from wan.model import WanModel
@@ -94,7 +95,8 @@ def test_a_lora_gets_the_same_bits_of_gradients_from_two_compilations_for_all_bl
     compiled(model)
     if swapped:
         swapped_blocks(model, swapped, 2, Late())
-    plain.gradient_checkpointing = model.gradient_checkpointing = checkpointing
+    for each in (plain, model):
+        save_memory(each, checkpointing)
     networks, given = (with_lora(plain), with_lora(model)), random_inputs(plain, batch=2)
     want = step(plain, networks[0], given)
     assert all(gradient.abs().max() > 0 for gradient in want)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tests.test_wan_model import distance, random_inputs, trained_gradients
 from utils.safetensors_io import save_file_atomically
+from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.fp8 import (
     FLOAT8,
@@ -124,7 +125,7 @@ def test_branches_on_float8_layers_get_the_gradients_they_get_on_the_rounded_wei
         pair = quantize_weight(weights[name]) if scaled else (cast_weight(weights[name]), None)
         rounded[name] = dequantize_weight(*pair, torch.float32)
     model, reference = loaded(weights, fp8_scaled=scaled), build_dit(rounded, heads=3)
-    model.gradient_checkpointing = checkpointing
+    save_memory(model, checkpointing)
     given = random_inputs(reference, batch=2)
     loss, gradients = trained_gradients(model, given)
     expected_loss, expected = trained_gradients(reference, given)

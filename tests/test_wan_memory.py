@@ -7,6 +7,7 @@ from networks import lora_wan
 from tests.live_bytes import LiveBytes
 from tests.test_wan_model import random_inputs
 from wan.block_swap import CpuDevice, stream_blocks
+from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.loading import load_dit
 from wan.memory import Step, step_bytes, weight_bytes
@@ -19,7 +20,7 @@ RANK = 8
 def measured(shape: WanShape, step: Step, dtype: torch.dtype, **swap) -> int:
     """Return the most bytes that are alive while a random model computes a step."""
     model = WanModel(shape).requires_grad_(False).to(dtype)
-    model.gradient_checkpointing = step.checkpointing
+    save_memory(model, step.checkpointing)
     model.rope(tuple(n // p for n, p in zip(step.grid, shape.patch, strict=True)), None, torch.device("cpu"))
     given = random_inputs(model, step.batch, step.grid, rows=(shape.text_length - 2,))
     if not step.trained:

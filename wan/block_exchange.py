@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wan.block_swap import Device, Packed, Streamed, packed_bytes
 from wan.model import WanModel
+from wan.recompute import saving
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Exchange:
         """Return what the model computes, its backward pass being told to find swapped weights by rank."""
         self._forward = True
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._saved, self._found):
+            with saving(self._saved):
                 return forward(*args, **named)
         finally:
             self._forward = False
@@ -264,18 +265,18 @@ class Exchange:
             for (number, name), view in zip(self._entries[rank], packs[STATES].views, strict=True):
                 self._optimizer[parameters[number]][name] = view
 
-    def _saved(self, tensor: Tensor) -> Tensor | Streamed:
-        """Return what to keep of a tensor that the backward pass needs: of a view of a slot, where it was."""
+    def _saved(self, tensor: Tensor) -> Streamed | None:
+        """Return what to keep of a view of a slot that the backward pass needs: where it was."""
         slot = self._by_address.get(tensor.untyped_storage().data_ptr())
         if slot is None:
-            return tensor.detach()  # with its history it would keep itself alive if the backward pass never came
-        return Streamed(slot.rank, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+            return None
+        return Streamed(
+            partial(self._weights, slot.rank), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
 
-    def _found(self, saved: Tensor | Streamed) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        data = self._use(saved.rank, backward=True).rooms[WEIGHTS].data
-        return data.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+    def _weights(self, rank: int) -> Tensor:
+        """Return the weights of a block in its slot, in a backward pass."""
+        return self._use(rank, backward=True).rooms[WEIGHTS].data
 
 
 def _travels(state: Any) -> bool:

@@ -20,6 +20,7 @@ from utils.options import option
 from wan.disk import Disk, DiskHome
 from wan.memory import aligned
 from wan.model import WanModel
+from wan.recompute import saving
 
 logger = logging.getLogger(__name__)
 
@@ -328,11 +329,14 @@ class Home:
 class Streamed(NamedTuple):
     """A view of a streamed weight that a backward pass will need, in place of memory that others overwrite by then."""
 
-    rank: int
+    bytes: Callable[[], Tensor]  # returns the slot that the weight is in then
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int  # in the slot, in elements
+
+    def tensor(self) -> Tensor:
+        return self.bytes().view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
 class Ring:
@@ -411,11 +415,11 @@ class Ring:
     def record(self, forward: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
         """Return what the model computes, its backward pass being told to find streamed weights by rank.
 
-        Around the model and not around a block, where it would hide what gradient checkpointing does in the same way.
+        Around the model, so that what blocks do in the same way comes first (wan/recompute.py).
         """
         if not self.slots:
             return forward(*args, **named)
-        with torch.autograd.graph.saved_tensors_hooks(self._packed, self._found):
+        with saving(self._packed):
             return forward(*args, **named)
 
     def run(self, number: int, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -484,17 +488,12 @@ class Ring:
         self.loads += 1
         self.bytes_copied += self.block_bytes
 
-    def _packed(self, tensor: Tensor) -> Tensor | Streamed:
+    def _packed(self, tensor: Tensor) -> Streamed | None:
         slot = self._by_address.get(tensor.untyped_storage().data_ptr())
         if slot is None:
-            return tensor.detach()  # with its history it would keep itself alive if the backward pass never came
-        return Streamed(self._held[slot], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    def _found(self, saved: Tensor | Streamed) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        slot = self.use(saved.rank, backward=True)
-        return slot.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+            return None
+        find = partial(self.use, self._held[slot], backward=True)
+        return Streamed(find, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def packed_bytes(like: Iterable[Tensor]) -> int:

@@ -17,8 +17,9 @@ FLOAT32 = torch.float32.itemsize  # of the residual stream and of what norms and
 ATTENTION = (6, 3)  # of d: the input and its norm, q, k, v, one of them rotated, the other being rotated
 MLP = (1, 2)  # of d: the residual stream before and after attention, the norm
 MLP_HIDDEN = 2  # of ffn_dim, in the dtype of linear layers: before and after the GELU
-SAVED = (6, 9)  # of d: what a block keeps for its backward pass, with a LoRA on each linear layer
-SAVED_OF_CONTEXT = (4, 1)  # of d, in values per row of text and of pictures
+SAVED = (8, 1)  # of d: what a block keeps for its backward pass (wan/checkpointing.py), with a LoRA on each layer
+SAVED_HIDDEN = 1  # of ffn_dim
+SAVED_OF_CONTEXT = (2, 0)  # of d, in values per row of text and of pictures
 BACKWARD = (3, 3)  # of d: gradients on their way through a block
 OPTIMIZED = 4 * FLOAT32  # bytes of a number in training: itself, its gradient, two averages of the optimizer
 ADAPTED_LAYERS = 12  # linear layers of a block, each of which keeps the activations of a LoRA's rank twice
@@ -52,7 +53,7 @@ def step_bytes(shape: WanShape, step: Step, dtype: torch.dtype, fp8: bool = Fals
     # A float8 weight is turned into the dtype of the computation, and there multiplied by its scales.
     dequantized = 2 * shape.dim * max(shape.dim, shape.ffn_dim) * half if fp8 else 0
     if step.trained:
-        saved = values(SAVED, MLP_HIDDEN) + values(SAVED_OF_CONTEXT, rows=step.batch * context_rows(shape))
+        saved = values(SAVED, SAVED_HIDDEN) + values(SAVED_OF_CONTEXT, rows=step.batch * context_rows(shape))
         saved += 2 * ADAPTED_LAYERS * step.rank * tokens * half
         kept = shape.blocks * residual + saved if step.checkpointing else shape.blocks * saved
         peak = kept + max(values(BACKWARD, MLP_HIDDEN), forward - saved) + dequantized + OPTIMIZED * step.trained

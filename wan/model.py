@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from wan.attention import attention, can_add_bias
+from wan.recompute import kept, recomputed
 from wan.rope import rope_factors, rotate
 
 KEPT_BELOW = 16  # tokens of a video for each of its text and pictures, above which their keys are computed each time
@@ -58,8 +58,8 @@ class WanModel(nn.Module):
     def __init__(self, shape: WanShape):
         super().__init__()
         self.shape = shape
-        self.gradient_checkpointing = False
         self.residual_dtype = torch.float32
+        self.run_block: Callable[..., Tensor] = call  # wan/checkpointing.py has others, which train in less memory
         self.attn_mode = "torch"
         self.split_attn = False
         dim = shape.dim
@@ -106,12 +106,8 @@ class WanModel(nn.Module):
         """
         tokens, context, finish = self.embed(x, timestep, text, y, image_features, frame_indices)
         for number, block in enumerate(self.blocks):
-            if number in skip_blocks:
-                continue
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, *context, use_reentrant=False)
-            else:
-                tokens = block(tokens, *context)
+            if number not in skip_blocks:
+                tokens = self.run_block(block, tokens, *context)
         return finish(tokens)
 
     def velocities(self, x: Tensor, timestep: Tensor, passes: Sequence[Mapping[str, Any]]) -> list[Tensor]:
@@ -228,7 +224,7 @@ class WanAttentionBlock(nn.Module):
         self.norm3 = LayerNorm32(shape.dim, shape.eps)
         self.cross_attn = CrossAttention(shape)
         self.ffn = nn.Sequential(
-            nn.Linear(shape.dim, shape.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn_dim, shape.dim)
+            nn.Linear(shape.dim, shape.ffn_dim), GELU(approximate="tanh"), nn.Linear(shape.ffn_dim, shape.dim)
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, shape.dim))
         nn.init.normal_(self.modulation, std=shape.dim**-0.5)
@@ -267,10 +263,10 @@ class WanAttentionBlock(nn.Module):
         own = rearrange(self.modulation.float(), "1 six d -> six 1 d")
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = own + modulation
         how = attn_mode, split_attn
-        h = modulated_norm(x, shift_attn, scale_attn, self.eps).to(dtype)
+        h = modulated_norm(x, shift_attn, scale_attn, self.eps, dtype)
         x = gated_sum(x, self.self_attn(h, rope, *how), gate_attn)
-        x = plain_sum(x, self.cross_attn(self.norm3(x).to(dtype), keys_values, text_bias, *how))
-        h = modulated_norm(x, shift_ffn, scale_ffn, self.eps).to(dtype)
+        x = plain_sum(x, self.cross_attn(self.norm3(x, dtype), keys_values, text_bias, *how))
+        h = modulated_norm(x, shift_ffn, scale_ffn, self.eps, dtype)
         return gated_sum(x, self.ffn(h), gate_ffn)
 
 
@@ -279,14 +275,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = shape.heads
         self.q, self.k, self.v, self.o = (nn.Linear(shape.dim, shape.dim) for _ in "qkvo")
-        self.norm_q, self.norm_k = (nn.RMSNorm(shape.dim, shape.eps) for _ in "qk")
+        self.norm_q, self.norm_k = (RMSNorm(shape.dim, shape.eps) for _ in "qk")
 
     def forward(self, x: Tensor, rope: Tensor, attn_mode: str = "torch", split_attn: bool = False) -> Tensor:
         """Let the video's tokens x [B L D] look at each other. The norms run over all heads together."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
         q, k, v = (self._heads(y) for y in (q, k, v))
-        out = self.attend(rotate(q, rope), rotate(k, rope), v, attn_mode, split_attn)
-        return self.o(rearrange(out, "b l h d -> b l (h d)"))
+        out = kept(self.attend)(rotate(q, rope), rotate(k, rope), v, attn_mode, split_attn)
+        return recomputed_layer(self.o, rearrange(out, "b l h d -> b l (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
         """Return the attention [B L H D] of the tokens; processes that share them put an exchange around this."""
@@ -301,7 +297,7 @@ class CrossAttention(SelfAttention):
         super().__init__(shape)
         if shape.clip_dim:
             self.k_img, self.v_img = (nn.Linear(shape.dim, shape.dim) for _ in "kv")
-            self.norm_k_img = nn.RMSNorm(shape.dim, shape.eps)
+            self.norm_k_img = RMSNorm(shape.dim, shape.eps)
 
     def forward(
         self,
@@ -312,12 +308,12 @@ class CrossAttention(SelfAttention):
         split_attn: bool = False,
     ) -> Tensor:
         """Let the video's tokens x [B L D] look at the text, and separately at the pictures; the sum of both."""
-        q = self._heads(self.norm_q(self.q(x)))
+        q = self._heads(self.norm_q(recomputed_layer(self.q, x)))
         k, v, *images = keys_values
         out = attention(q, k, v, attn_mode, split_attn, text_bias)
         if images:
             out = out + attention(q, *images, attn_mode, split_attn)
-        return self.o(rearrange(out, "b l h d -> b l (h d)"))
+        return recomputed_layer(self.o, rearrange(out, "b l h d -> b l (h d)"))
 
     def keys_values(self, context: Context, tokens: int) -> tuple[Tensor, ...]:
         """Return keys and values [B S H D] of the text, and of the pictures where there are any.
@@ -371,7 +367,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Return [B L pf*ph*pw*C], the channel fastest, float32. x [B L D]; time [B D], float32."""
         shift, scale = rearrange(self.modulation.float(), "1 two d -> two 1 d") + time
-        return self.head(modulated_norm(x, shift, scale, self.eps))
+        return self.head(modulated_norm(x, shift, scale, self.eps, torch.float32))
 
 
 class Linear32(nn.Linear):
@@ -384,23 +380,60 @@ class Linear32(nn.Linear):
 class LayerNorm32(nn.LayerNorm):
     """A layer norm that computes in float32 whatever its input and weights are held in."""
 
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+
+
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return LayerNorm(x) (1 + scale) + shift for x [B L D] and shift, scale [B D], in float32."""
+class GELU(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x, self.approximate)
+
+
+def call(module: nn.Module, *args: Any) -> Tensor:
+    return module(*args)
+
+
+# What a block is made of besides its large products is so cheap that training need not keep the results.
+recomputed_layer = recomputed(call, layer=True)
+rotate = recomputed(rotate)
+
+
+@recomputed
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+@recomputed
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(dtype)
+
+
+@recomputed
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@recomputed
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return LayerNorm(x) (1 + scale) + shift in dtype for x [B L D] and shift, scale [B D], computed in float32."""
     x, width = x.float(), x.shape[-1:]
     if len(x) == 1:  # then it is the affine map that the norm's kernel has built in
-        return F.layer_norm(x, width, 1 + scale[0], shift[0], eps)
-    return torch.addcmul(shift[:, None], F.layer_norm(x, width, eps=eps), 1 + scale[:, None])
+        return F.layer_norm(x, width, 1 + scale[0], shift[0], eps).to(dtype)
+    return torch.addcmul(shift[:, None], F.layer_norm(x, width, eps=eps), 1 + scale[:, None]).to(dtype)
 
 
+@recomputed
 def gated_sum(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """Return x + update * gate in the dtype of x for x and update [B L D] and gate [B D], computed in float32."""
     return torch.addcmul(x.float(), update.float(), gate[:, None]).to(x.dtype)
 
 
+@recomputed
 def plain_sum(x: Tensor, update: Tensor) -> Tensor:
     """Return x + update in the dtype of x, computed in float32."""
     return (x.float() + update).to(x.dtype)
