@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wan.attention import attention, can_add_bias
 from wan.recompute import kept, recomputed
-from wan.rope import rope_factors, rotate
+from wan.rope import rope_factors, rotate, rotate_
 
 KEPT_BELOW = 16  # tokens of a video for each of its text and pictures, above which their keys are computed each time
 
@@ -238,7 +238,7 @@ class WanAttentionBlock(nn.Module):
         attn_mode: str = "torch",
         split_attn: bool = False,
     ) -> Tensor:
-        """Return the residual stream after this block: [B L D] in the dtype of x.
+        """Return the residual stream after this block: [B L D] in the dtype of x; without gradients, in its memory.
 
         modulation [6 B D], float32: shift, scale and gate of self-attention, then of the MLP. rope: see rotate().
         """
@@ -262,12 +262,16 @@ class WanAttentionBlock(nn.Module):
         dtype = keys_values[0].dtype
         own = rearrange(self.modulation.float(), "1 six d -> six 1 d")
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = own + modulation
-        how = attn_mode, split_attn
-        h = modulated_norm(x, shift_attn, scale_attn, self.eps, dtype)
-        x = gated_sum(x, self.self_attn(h, rope, *how), gate_attn)
-        x = plain_sum(x, self.cross_attn(self.norm3(x, dtype), keys_values, text_bias, *how))
+        attn, how = self.self_attn, (attn_mode, split_attn)
+        # What has been used keeps no name, so that its memory is free for what comes next.
+        h = kept(attn.attend)(*attn.project(modulated_norm(x, shift_attn, scale_attn, self.eps, dtype), rope), *how)
+        x = gated_sum(x, attn.output(h), gate_attn)
+        h = self.norm3(x, dtype)
+        x = plain_sum(x, self.cross_attn(h, keys_values, text_bias, *how))
         h = modulated_norm(x, shift_ffn, scale_ffn, self.eps, dtype)
-        return gated_sum(x, self.ffn(h), gate_ffn)
+        for layer in self.ffn:
+            h = layer(h)
+        return gated_sum(x, h, gate_ffn)
 
 
 class SelfAttention(nn.Module):
@@ -277,16 +281,18 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(shape.dim, shape.dim) for _ in "qkvo")
         self.norm_q, self.norm_k = (RMSNorm(shape.dim, shape.eps) for _ in "qk")
 
-    def forward(self, x: Tensor, rope: Tensor, attn_mode: str = "torch", split_attn: bool = False) -> Tensor:
-        """Let the video's tokens x [B L D] look at each other. The norms run over all heads together."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (self._heads(y) for y in (q, k, v))
-        out = kept(self.attend)(rotate(q, rope), rotate(k, rope), v, attn_mode, split_attn)
-        return recomputed_layer(self.o, rearrange(out, "b l h d -> b l (h d)"))
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [B L H D] of tokens x [B L D]. The norms run over all heads together."""
+        q, k, v = (self._heads(y) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))
+        return rotate(q, rope), rotate(k, rope), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
         """Return the attention [B L H D] of the tokens; processes that share them put an exchange around this."""
         return attention(q, k, v, *how)
+
+    def output(self, y: Tensor) -> Tensor:
+        """Return what the tokens see [B L D], of which y [B L H D] is what each head sees."""
+        return recomputed_layer(self.o, rearrange(y, "b l h d -> b l (h d)"))
 
     def _heads(self, y: Tensor) -> Tensor:
         return rearrange(y, "b l (h d) -> b l h d", h=self.heads)
@@ -313,7 +319,8 @@ class CrossAttention(SelfAttention):
         out = attention(q, k, v, attn_mode, split_attn, text_bias)
         if images:
             out = out + attention(q, *images, attn_mode, split_attn)
-        return recomputed_layer(self.o, rearrange(out, "b l h d -> b l (h d)"))
+        del q
+        return self.output(out)
 
     def keys_values(self, context: Context, tokens: int) -> tuple[Tensor, ...]:
         """Return keys and values [B S H D] of the text, and of the pictures where there are any.
@@ -398,11 +405,28 @@ def call(module: nn.Module, *args: Any) -> Tensor:
     return module(*args)
 
 
+def overwriting(in_place: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Make a function of what nobody needs any more one that puts its result there where no gradients are recorded.
+
+    in_place: what does that, with the same result.
+    """
+
+    def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(function)
+        def run(*args: Any) -> Tensor:
+            return (function if torch.is_grad_enabled() else in_place)(*args)
+
+        return run
+
+    return decorated
+
+
 # What a block is made of besides its large products is so cheap that training need not keep the results.
 recomputed_layer = recomputed(call, layer=True)
-rotate = recomputed(rotate)
+rotate = overwriting(rotate_)(recomputed(rotate))
 
 
+@overwriting(lambda x, approximate: torch.ops.aten.gelu_(x, approximate=approximate))
 @recomputed
 def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
@@ -427,12 +451,14 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: t
     return torch.addcmul(shift[:, None], F.layer_norm(x, width, eps=eps), 1 + scale[:, None]).to(dtype)
 
 
+@overwriting(lambda x, update, gate: x.addcmul_(update, gate[:, None]))
 @recomputed
 def gated_sum(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """Return x + update * gate in the dtype of x for x and update [B L D] and gate [B D], computed in float32."""
     return torch.addcmul(x.float(), update.float(), gate[:, None]).to(x.dtype)
 
 
+@overwriting(Tensor.add_)
 @recomputed
 def plain_sum(x: Tensor, update: Tensor) -> Tensor:
     """Return x + update in the dtype of x, computed in float32."""

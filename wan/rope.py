@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+TOKENS = 4096  # that are turned at a time
 THETA = 10000.0
 
 
@@ -44,3 +45,10 @@ def rotate(x: Tensor, factors: Tensor) -> Tensor:
         (real, imaginary), (cos, sin) = pairs.unbind(-1), factors.unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_(x: Tensor, factors: Tensor) -> Tensor:
+    """Return what rotate() does, in the memory of x; what is computed in float32 on the way is a few tokens at a time."""
+    for some, turns in zip(x.split(TOKENS, dim=1), factors.split(TOKENS, dim=-3), strict=True):
+        some.copy_(rotate(some, turns))
+    return x
