@@ -6,7 +6,7 @@ python -m bench --only dit denoise --quick
 Each table also stands alone: python -m bench.dit
 """
 
-from bench import denoise, dit, measure, swapping, training, vae
+from bench import denoise, dit, loading, measure, swapping, training, vae
 
 TABLES: dict[str, measure.Table] = {
     "dit": dit.rows,
@@ -14,6 +14,7 @@ TABLES: dict[str, measure.Table] = {
     "training": training.rows,
     "swapping": swapping.rows,
     "vae": vae.rows,
+    "loading": loading.rows,
 }
 
 if __name__ == "__main__":

@@ -221,3 +221,26 @@ run_script(lambda: save_file_atomically({{"a": torch.zeros(10_000)}}, {str(tmp_p
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "a.safetensors: cannot be written (the file would be too large)" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_tensors_are_read_one_after_the_other_with_the_values_that_they_have_alone(tmp_path, mapped):
+    tensors = {f"t{i}": torch.randn(i, 3, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+    tensors |= {"half": torch.ones(7).half(), "float8": torch.ones(5).to(torch.float8_e4m3fn)}
+    names = sorted(tensors)
+    for number, part in enumerate((names[:3], names[3:]), start=1):
+        save_file({name: tensors[name] for name in part}, tmp_path / f"x-{number:05d}-of-00002.safetensors")
+    with open_tensors(tmp_path / "x-00002-of-00002.safetensors", "--x") as file:
+        found = {name: tensor.clone() for name, tensor in file.each((x for x in names if x != "t3"), mapped)}
+        assert list(file.each([], mapped)) == []
+    assert found.keys() == tensors.keys() - {"t3"}
+    for name, tensor in found.items():
+        assert tensor.dtype == tensors[name].dtype and torch.equal(tensor.float(), tensors[name].float())
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1000)}, path)
+    with open_tensors(path, "--x") as file:
+        os.truncate(path, 2000)
+        assert f"--x {path}: the file is truncated" in line(lambda: list(file.each(["a"], mapped=False)))

@@ -13,6 +13,7 @@ from tests.test_wan_block_swap import load as load
 from utils.errors import UserError
 from wan.auto_swap import AutoSwap, auto_recommended, choose_swap, smallest_swap
 from wan.block_swap import AUTO, CpuDevice, SwapOptions, slots_for, stream_blocks, streamed_blocks
+from wan.fp8 import Float8Linear
 from wan.memory import Step, step_bytes, weight_bytes
 from wan.model import WanShape
 
@@ -75,7 +76,8 @@ def test_float8_weights_and_pictures_need_fewer_blocks_swapped():
     device = Small(LiveBytes(), 16 * GB)
 
     def swapped(step: Step, fp8: bool = False) -> int:
-        return choose_swap(SwapOptions(AUTO), SHAPE, torch.bfloat16, device, [step], fp8).blocks_to_swap
+        make = Float8Linear if fp8 else None
+        return choose_swap(SwapOptions(AUTO), SHAPE, torch.bfloat16, device, [step], make).blocks_to_swap
 
     video, picture = Step((21, 60, 104)), Step((1, 60, 104))
     assert swapped(video) > swapped(video, fp8=True)

@@ -23,6 +23,9 @@ WEIGHTS = {
     "float32": {},
     "fp8": {"fp8": True},
     "fp8_scaled": {"fp8": True, "fp8_scaled": True},
+    "fp8_fast": {"fp8": True, "fp8_scaled": True, "fp8_fast": True},
+    "int8": {"quantize": "int8"},
+    "nf4": {"quantize": "nf4"},
 }
 
 
@@ -69,7 +72,7 @@ class Late(Counting):
         self.done = max(self.done, copy)
 
 
-HOW = [("float32", Counting), ("float32", Late), ("fp8", Late), ("fp8_scaled", Late)]
+HOW = [("float32", Counting), *((held, Late) for held in ("float32", "fp8", "fp8_scaled", "int8", "nf4"))]
 
 
 def swapped_blocks(model: WanModel, swapped: int, slots: int, device: CpuDevice) -> Ring:

@@ -6,18 +6,24 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tests.test_wan_model import distance, random_inputs, trained_gradients
+from utils.errors import UserError
 from utils.safetensors_io import save_file_atomically
 from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.fp8 import (
     FLOAT8,
+    FastFloat8Linear,
     Float8Linear,
     cast_weight,
+    check_fp8_fast,
     dequantize_weight,
     is_quantized,
+    product_of_float8,
     quantize,
     quantize_weight,
+    round_rows,
     scale_name,
+    takes_row_scales,
 )
 from wan.loading import build_dit, load_dit
 
@@ -152,3 +158,97 @@ def test_scales_are_held_and_weights_computed_in_the_dtype_of_the_model(loaded):
     given = random_inputs(model)
     exact = build_dit(tiny.state_dict("dit_t2v"), heads=3)
     assert distance(model(**given), exact(**given)) < 0.2
+
+
+# ----------------------------------------------------------------------------------------------------------- fp8_fast
+@pytest.fixture
+def product():
+    """Tokens [70 64] of which some are a thousand times larger, a weight [48 64] with rows as different, a bias."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((70, 64), (48, 64), (48,)))
+    x[::7] *= 1000
+    weight[::5] /= 1000
+    return x, weight, bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_rounded_as_well_as_their_own_size_allows(product, dtype):
+    x = product[0].to(dtype)
+    rounded, scale = round_rows(x)
+    assert rounded.dtype == FLOAT8 and torch.equal(scale, 2 ** scale.log2().round())
+    errors = [distance(one, other) for one, other in zip(rounded.float() * scale, x.float(), strict=True)]
+    assert max(errors) < 0.04
+    assert torch.equal(round_rows(torch.zeros(2, 16, dtype=dtype))[0].float(), torch.zeros(2, 16))
+    assert rounded.float().isfinite().all() and rounded.float().abs().amax() <= 448
+
+
+@pytest.mark.parametrize("row_scales", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_product_of_float8_matrices_is_that_of_the_rounded_numbers(product, row_scales, biased):
+    x, weight, bias = product
+    (rounded, x_scale), (held, scale) = round_rows(x), quantize_weight(weight, torch.float32, block=None)
+    out = product_of_float8(rounded, x_scale, held, scale, bias if biased else None, row_scales)
+    exact = (rounded.float() * x_scale) @ (held.float() * scale).T + (bias if biased else 0)
+    assert out.dtype == torch.bfloat16
+    assert max(distance(one, other) for one, other in zip(out.T, exact.T, strict=True)) < 0.01
+
+
+@torch.no_grad()
+def test_inner_blocks_multiply_float8_and_the_first_and_the_last_compute_as_always(loaded):
+    weights = tiny.state_dict("dit_t2v", blocks=4)
+    model = loaded(weights, fp8_scaled=True, fp8_fast=True)
+    layers = [[x for x in block.modules() if isinstance(x, nn.Linear)] for block in model.blocks]
+    assert all(type(layer) is FastFloat8Linear for block in layers for layer in block)
+    assert [{layer.fast for layer in block} for block in layers] == [{False}, {True}, {True}, {False}]
+    name = "blocks.1.ffn.0.weight"
+    assert torch.equal(model.blocks[1].ffn[0].scale_weight, weights[name].abs().amax(1, keepdim=True) / 448)
+    given = random_inputs(model)
+    velocity, exact = model(**given), build_dit(weights, heads=3)(**given)
+    for layer in (layer for block in layers for layer in block):
+        layer.fast = False
+    assert 1e-3 < distance(velocity, exact) < 0.1
+    assert distance(model(**given), exact) < distance(velocity, exact)
+
+
+def test_a_layer_whose_sizes_the_product_does_not_take_computes_as_always():
+    layer = FastFloat8Linear(64, 24)
+    layer.bias.data = torch.randn(24)
+    layer.weight.data, layer.scale_weight = quantize_weight(torch.randn(24, 64), torch.float32, block=None)
+    x = torch.randn(2, 5, 64)
+    expected = nn.functional.linear(x, dequantize_weight(layer.weight, layer.scale_weight, x.dtype), layer.bias)
+    assert not layer.fast and torch.equal(layer(x), expected)
+
+
+@torch.no_grad()
+def test_float8_weights_of_a_file_are_multiplied_as_they_are(loaded):
+    weights = {name: x.to(FLOAT8) if is_quantized(name) else x for name, x in tiny.state_dict("dit_t2v").items()}
+    model = loaded(weights, fp8_fast=True)
+    assert all(torch.equal(layer.scale_weight, torch.ones_like(layer.scale_weight)) for layer in fast_layers(model))
+    assert torch.equal(model.blocks[1].ffn[0].weight.float(), weights["blocks.1.ffn.0.weight"].float())
+
+
+def fast_layers(model) -> list[FastFloat8Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, FastFloat8Linear)]
+
+
+def test_a_card_without_products_of_float8_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older card")
+    takes_row_scales.cache_clear()
+    with pytest.raises(UserError, match="^--fp8_fast: an older card has no product of float8 matrices, which needs"):
+        check_fp8_fast(torch.device("cuda"))
+    assert check_fp8_fast(torch.device("cpu")) in (True, False)
+    takes_row_scales.cache_clear()
+
+
+@pytest.mark.gpu
+def test_the_product_on_a_gpu_is_that_on_the_cpu(product):
+    x, weight, bias = product
+    row_scales = takes_row_scales(torch.device("cuda"))
+    if row_scales is None:
+        pytest.skip("no float8 on this GPU")
+    arguments = (*round_rows(x), *quantize_weight(weight, torch.float32, block=None), bias)
+    expected = product_of_float8(*arguments, row_scales)
+    for scales in {row_scales, False}:
+        out = product_of_float8(*(tensor.cuda() for tensor in arguments), scales)
+        assert distance(out.cpu(), expected) < 0.01

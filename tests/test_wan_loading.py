@@ -1,6 +1,8 @@
 """DiT files: which model they hold, what is wrong with them, and the model they become."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -354,13 +356,15 @@ def test_a_float8_file_is_used_as_it_is_with_fp8(saved):
         (torch.float8_e4m3fn, (True, True), "--fp8_scaled cannot make more exact. Use the bf16 or fp16 file"),
         (torch.float8_e5m2, (True, False), "holds float8_e5m2 weights, of the float8 formats only e4m3fn is supported"),
         (torch.bfloat16, (False, True), "--fp8_scaled: is a way of doing --fp8. Add --fp8, in training --fp8_base"),
+        (torch.bfloat16, (False, False, True), "--fp8_fast: computes with the weights of --fp8_scaled. Add --fp8_"),
+        (torch.bfloat16, (True, True, False, "nf4"), "--quantize nf4: holds the same weights as the fp8 options, in "),
     ],
 )
 def test_fp8_options_that_do_not_go_with_the_file_are_refused(saved, dtype, options, says):
     path = saved(float8(tiny.state_dict("dit_t2v"), dtype))
     assert says in error_of(check_fp8, path, *options)
-    fp8, fp8_scaled = options
-    assert says in error_of(load_dit, path, T2V, torch.float32, "cpu", fp8=fp8, fp8_scaled=fp8_scaled)
+    named = dict(zip(("fp8", "fp8_scaled", "fp8_fast", "quantize"), options, strict=False))
+    assert says in error_of(load_dit, path, T2V, torch.float32, "cpu", **named)
 
 
 @pytest.mark.parametrize("options", [(False, False), (True, False), (True, True)])
@@ -425,3 +429,42 @@ def test_scaled_files_need_the_fp8_option_and_scales_that_fit(saved):
     path = saved(file | {"blocks.0.ffn.0.scale_weight": torch.ones(7)})
     line = error_of(load_dit, path, T2V, torch.float32, "cpu", fp8=True)
     assert "blocks.0.ffn.0.scale_weight holds 7 numbers, neither one nor one for each of 192 outputs" in line
+
+
+# ----------------------------------------------------------------------------------------------------- memory and time
+@pytest.mark.parametrize(
+    "held", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}, {"quantize": "int8"}, {"quantize": "nf4"}]
+)
+def test_a_weight_taken_slice_by_slice_is_the_same_as_at_once(models, monkeypatch, held):
+    deltas = {"blocks.0.ffn.2.weight": lambda: torch.ones(96, 192).cumsum(0) / 96}
+    whole = load_dit(models["dit_t2v"], T2V, torch.float32, "cpu", deltas, **held)
+    monkeypatch.setattr("wan.loading.SLICE", 1)
+    sliced = load_dit(models["dit_t2v"], T2V, torch.float32, "cpu", deltas, **held)
+    for (name, one), other in zip(whole.state_dict().items(), sliced.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+MEASURED = """
+import re, sys, torch
+from pathlib import Path
+from wan.configs import TASKS
+from wan.loading import load_dit
+
+small, large = sys.argv[1:]
+load_dit(small, TASKS["t2v-14B"], torch.bfloat16, "cpu", fp8=True)  # whatever is imported on the way
+memory = lambda name: 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = memory("VmRSS")
+model = load_dit(large, TASKS["t2v-14B"], torch.bfloat16, "cpu", fp8=True)
+print(memory("VmHWM") - before, sum(x.nbytes for x in model.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_takes_hardly_more_memory_than_the_model(models, tmp_path):
+    shapes = tiny.dit_shapes(16, False, dim=512, ffn=2048, blocks=10)
+    path = tmp_path / "large.safetensors"
+    save_file({name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}, path)
+    command = [sys.executable, "-c", MEASURED, str(models["dit_t2v"]), str(path)]
+    grown, size = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert size > 40e6 and path.stat().st_size > 1.8 * size
+    assert grown < 1.15 * size + 20e6

@@ -1,5 +1,7 @@
 """The estimate of a step's memory against the tensors that are alive while a model computes one."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from tests.test_wan_model import random_inputs
 from wan.block_swap import CpuDevice, stream_blocks
 from wan.checkpointing import save_memory
 from wan.configs import TASKS
+from wan.fp8 import Float8Linear
 from wan.loading import load_dit
 from wan.memory import Step, step_bytes, weight_bytes
 from wan.model import WanModel, WanShape
+from wan.quantize import NF4Linear
 
 MARGIN = 1.6  # how much more than is alive the estimate says at most
 RANK = 8
@@ -90,11 +94,12 @@ def test_a_longer_video_a_larger_batch_and_a_backward_pass_take_more():
     assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
 
 
-@pytest.mark.parametrize("how", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}])
+@pytest.mark.parametrize("how", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}, {"quantize": "nf4"}])
 @pytest.mark.parametrize(("kind", "task"), [("dit_t2v", "t2v-14B"), ("dit_i2v", "i2v-14B")])
 def test_weights_take_the_bytes_of_those_that_a_file_loads_to(models, kind, task, how):
     model = load_dit(models[kind], TASKS[task], torch.bfloat16, "cpu", **how)
-    block, rest = weight_bytes(model.shape, torch.bfloat16, **how)
+    make = partial(Float8Linear, scaled="fp8_scaled" in how, scale_dtype=torch.bfloat16) if "fp8" in how else None
+    block, rest = weight_bytes(model.shape, torch.bfloat16, NF4Linear if "quantize" in how else make)
     every = [*model.parameters(), *model.buffers()]
     assert 0 <= 2 * block + rest - sum(tensor.nbytes for tensor in every) < 256 * len(every)
     assert block == stream_blocks(model, [0], 1, CpuDevice()).block_bytes

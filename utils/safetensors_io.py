@@ -1,13 +1,19 @@
 """Weight files read tensor by tensor, and safetensors files written whole or not at all."""
 
+import io
+import itertools
 import json
+import math
+import mmap
 import os
 import pickle
 import re
 import struct
+import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -38,12 +44,16 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+_CAN_RELEASE = sys.platform == "linux"
+
+
 class Entry(NamedTuple):
-    """What the header of a safetensors file says of a tensor."""
+    """A tensor in a safetensors file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # where in the file its bytes begin
+    start: int  # of its bytes in the file
+    size: int  # in bytes
 
 
 class TensorFile:
@@ -93,6 +103,69 @@ class TensorFile:
         """Return the file and where in it a tensor's bytes begin; None for a pickle's."""
         return None if key in self._in_memory else (self._paths[key], self._headers[key].start)
 
+    def each(self, keys: Iterable[str], mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors with their keys in the order of the file; each is gone once the next one is asked for.
+
+        mapped: as views of the file mapped into memory, whose pages are given back at once, where the system can do
+        that: those that have been looked at would count as memory of this process. Else by plain reads into two
+        buffers, one while the tensor in the other is in use.
+        """
+        if self._in_memory:
+            yield from ((key, self._in_memory[key]) for key in keys)
+            return
+        ordered = sorted(keys, key=lambda key: (self._paths[key], self._headers[key].start))
+        for path, part in itertools.groupby(ordered, key=self._paths.get):
+            with open(path, "rb", buffering=0) as file:
+                yield from (self._each_mapped if mapped and _CAN_RELEASE else self._each_read)(file, list(part))
+
+    def _each_mapped(self, file: io.FileIO, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        # Of which a copy would be made by whoever wrote to it. Not closed, but let go of with the last tensor.
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for key, next_key in itertools.zip_longest(keys, keys[1:]):
+            if next_key:
+                _advise(pages, mmap.MADV_WILLNEED, self._headers[next_key])
+            entry = self._checked(key)
+            data = torch.empty(0, dtype=torch.uint8)
+            if entry.size:
+                data = torch.frombuffer(pages, dtype=torch.uint8, count=entry.size, offset=entry.start)
+            yield key, data.view(entry.dtype).view(entry.shape)
+            _advise(pages, mmap.MADV_DONTNEED, entry)
+
+    def _each_read(self, file: io.FileIO, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        largest = max(self._headers[key].size for key in keys)
+        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
+        with ThreadPoolExecutor(1) as reader:
+            coming: tuple[str, Future[Tensor]] | None = None
+            for key, buffer in zip(keys, itertools.cycle(buffers), strict=False):
+                here, coming = coming, (key, reader.submit(self._read, file, key, buffer))
+                if here:
+                    yield here[0], here[1].result()
+            if coming:
+                yield coming[0], coming[1].result()
+
+    def _checked(self, key: str) -> Entry:
+        """Return where a tensor is, or raise UserError for one that torch has no number format for."""
+        entry = self._headers[key]
+        if entry.size != entry.dtype.itemsize * math.prod(entry.shape):
+            raise UserError(
+                f"{self.option} {self._paths[key]}: {key} is in a number format that is not supported",
+                "use a bf16, fp16 or fp32 file",
+            )
+        return entry
+
+    def _read(self, file: io.FileIO, key: str, buffer: Tensor) -> Tensor:
+        """Return a tensor as a view of a buffer that it is read into."""
+        entry = self._checked(key)
+        data = buffer[: entry.size]
+        file.seek(entry.start)
+        view, done = memoryview(data.numpy()), 0
+        while done < entry.size:  # one read takes no more than 2 GiB
+            count = file.readinto(view[done:])
+            if not count:
+                raise _broken(self._paths[key], self.option, f"{key} ends too early")
+            done += count
+        return data.view(entry.dtype).view(entry.shape)
+
     def close(self) -> None:
         self._in_memory, self._readers = {}, {}
 
@@ -134,6 +207,12 @@ def save_file_atomically(
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
+def _advise(pages: mmap.mmap, advice: int, entry: Entry) -> None:
+    """Tell the system what becomes of the pages that a tensor is on."""
+    start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+    pages.madvise(advice, start, entry.start + entry.size - start)
+
+
 def _shards(path: Path, option: str) -> list[Path]:
     match = _SHARD.match(path.name)
     if not match:
@@ -169,6 +248,7 @@ def _read_header(path: Path, option: str) -> tuple[dict[str, Entry], dict[str, s
                 _SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8),
                 tuple(entry["shape"]),
                 8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
             )
             for key, entry in header.items()
         }

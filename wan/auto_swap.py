@@ -15,6 +15,7 @@ import torch
 from utils.devices import release_memory
 from utils.errors import UserError
 from wan.block_swap import Device, Ring, SwapOptions, slots_for, streamed_blocks
+from wan.fp8 import QuantizedLinear
 from wan.memory import Step, step_bytes, weight_bytes
 from wan.model import WanModel, WanShape
 
@@ -33,19 +34,19 @@ def choose_swap(
     dtype: torch.dtype,
     device: Device,
     steps: Sequence[Step],
-    fp8: bool = False,
-    fp8_scaled: bool = False,
+    make: Callable[..., QuantizedLinear] | None = None,
 ) -> SwapOptions:
     """Return the options with the number of blocks that auto stands for, and log how it came about.
 
     device: with nothing of the DiT on it yet. steps: what is going to be computed, the largest of which has to fit.
+    make: what makes linear layers that hold their weights in another format, if any does.
     """
-    block, rest = weight_bytes(shape, dtype, fp8, fp8_scaled)
+    block, rest = weight_bytes(shape, dtype, make)
     free = device.free()
 
     def working(swapped: int) -> int:
         waiting = block if swapped else 0
-        return max((step_bytes(shape, step, dtype, fp8, waiting) for step in steps), default=0)
+        return max((step_bytes(shape, step, dtype, make is not None, waiting) for step in steps), default=0)
 
     swapped = smallest_swap(shape.blocks, block, options.block_swap_ring_size, lambda n: rest + working(n), free)
     chosen = replace(options, blocks_to_swap=swapped)

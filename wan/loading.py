@@ -5,10 +5,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.devices import FLOAT8 as FLOAT8_KINDS
@@ -22,17 +23,10 @@ from wan.block_swap import Device, SwapOptions, stream_blocks, streamed_blocks, 
 from wan.compiling import CompileOptions, compile_blocks
 from wan.configs import TASKS, WanConfig
 from wan.disk import Disk
-from wan.fp8 import (
-    FLOAT8,
-    block_scales,
-    cast_weight,
-    is_quantized,
-    quantized_tensors,
-    scale_name,
-    use_float8_linears,
-)
+from wan.fp8 import FLOAT8, FastFloat8Linear, Float8Linear, QuantizedLinear, check_fp8_fast, replace_linears
 from wan.memory import Step
 from wan.model import WanModel, WanShape
+from wan.quantize import FORMATS
 from wan.weights import InMemory, Weights, check_names, wrong_kind
 
 logger = logging.getLogger(__name__)
@@ -49,6 +43,7 @@ SIZED = {
     "text_embedding.0.weight": 2,
     "time_embedding.0.weight": 2,
 }
+SLICE = 1 << 19  # elements that are quantised at a time on a CPU
 Deltas = Mapping[str, Callable[[], Tensor]]
 
 
@@ -64,6 +59,9 @@ class DitOptions:
         "error of a bf16 DiT without it",
         choices=("float32", "bf16"),
     )
+    disable_numpy_memmap: bool = option(
+        False, "read the DiT with plain file reads, which are faster on some network drives, not mapped into memory"
+    )
 
 
 def load_dit(
@@ -76,37 +74,41 @@ def load_dit(
     split_attn: bool = False,
     fp8: bool = False,
     fp8_scaled: bool = False,
+    fp8_fast: bool = False,
+    quantize: str | None = None,
     swap: SwapOptions | None = None,
     residual_dtype: torch.dtype = torch.float32,
     option: str = "--dit",
     hold: Callable[[WanModel, Sequence[int], int, Device], None] | None = None,
     compiling: CompileOptions | None = None,
     steps: Sequence[Step] = (),
+    disable_numpy_memmap: bool = False,
 ) -> WanModel:
     """Return the DiT of a file, frozen, on the device, with linear layers that compute in `dtype`.
 
     deltas: by a weight's official name, what is added to it, as a function, so that only one is in memory at a time;
     added in float32 before the weight is cast or quantised. fp8: hold the blocks' linear weights as float8;
-    fp8_scaled: with a scale for each 64 inputs. swap: the blocks that are held in main memory, none of which is ever on
-    the device as a whole but by its place in the ring; hold: what makes the model run with them there,
-    where they are not going to stay as they are. compiling: whether and how its blocks are compiled, in the first pass
-    and not here. residual_dtype: of what flows from block to block. Peak memory is the model and one tensor, or one
-    swapped block.
-    steps: what is going to be computed, for a swap that is auto to choose a number by; the model's `auto_swap` raises
-    it where memory does not suffice after all.
+    fp8_scaled: with a scale for each 64 inputs; fp8_fast: with one for each row, and multiply them as float8. quantize:
+    hold them as int8 or nf4. swap: the blocks that are held in main memory, none of which is ever on the device as a
+    whole but by its place in the ring; hold: what makes the model run with them there, where they are not going to stay
+    as they are. compiling: whether and how its blocks are compiled, in the first pass and not here. residual_dtype: of
+    what flows from block to block. Peak memory is the model and a few tensors, or one swapped block.
+    disable_numpy_memmap: read the file plainly, not mapped into memory. steps: what is going to be computed, for a swap
+    that is auto to choose a number by; the model's `auto_swap` raises it where memory does not suffice after all.
     """
     swap = asked = swap or SwapOptions()
     streaming = streaming_device(device, swap) if swap.blocks_to_swap else None
     with open_tensors(path, option, "the DiT's weights") as file:
         tensors = DitTensors(file, f"{option} {path}")
         shape = _check(tensors, config)
-        _check_fp8(tensors, fp8, fp8_scaled)
+        _check_fp8(tensors, fp8, fp8_scaled, fp8_fast, quantize)
+        linears = _linears(shape, dtype, device, fp8, fp8_scaled or tensors.has_scales, fp8_fast, quantize)
         if asked.auto:
-            scaled = fp8_scaled or tensors.has_scales
-            swap = choose_swap(asked, shape, dtype, streaming, steps, fp8, scaled)
+            swap = choose_swap(asked, shape, dtype, streaming, steps, linears(0))
         swapped = streamed_blocks(shape.blocks, swap.blocks_to_swap)
         disk = Disk(swap.weights_on_disk_dir or Path(path).parent) if swap.weights_on_disk and streaming else None
-        model = _assemble(tensors, shape, dtype, device, deltas or {}, fp8, fp8_scaled, swapped, disk)
+        mapped = not disable_numpy_memmap
+        model = _assemble(tensors, shape, dtype, device, deltas or {}, linears, swapped, disk, mapped)
     model.attn_mode, model.split_attn, model.residual_dtype = attn_mode, split_attn, residual_dtype
     head_dim = shape.dim // shape.heads
     logger.info("attention: %s", describe_attention(attn_mode, torch.device(device), dtype, head_dim))
@@ -142,10 +144,17 @@ def check_dit(path: Path | str | None, config: WanConfig, option: str = "--dit")
     return shape
 
 
-def check_fp8(path: Path | str | None, fp8: bool, fp8_scaled: bool, option: str = "--dit") -> None:
-    """Raise UserError if the fp8 options do not go with each other or with the dtype of the file."""
+def check_fp8(
+    path: Path | str | None,
+    fp8: bool,
+    fp8_scaled: bool,
+    fp8_fast: bool = False,
+    quantize: str | None = None,
+    option: str = "--dit",
+) -> None:
+    """Raise UserError if the options of how weights are held do not go with each other or with the file's dtype."""
     with open_tensors(path, option, "the DiT's weights") as file:
-        _check_fp8(DitTensors(file, f"{option} {path}"), fp8, fp8_scaled)
+        _check_fp8(DitTensors(file, f"{option} {path}"), fp8, fp8_scaled, fp8_fast, quantize)
 
 
 def dit_dtype(path: Path | str | None, option: str = "--dit") -> torch.dtype:
@@ -192,6 +201,11 @@ class DitTensors:
     def place(self, name: str) -> tuple[Path, int] | None:
         """Return in which file one tensor's bytes are, and from where on; None where they are in no file as such."""
         return self._source.place(self._keys[name])
+
+    def each(self, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors with their names; each may be gone once the next one is asked for."""
+        names = {key: name for name, key in self._keys.items()}
+        return ((names[key], tensor) for key, tensor in self._source.each(names, mapped))
 
     @property
     def has_scales(self) -> bool:
@@ -368,7 +382,7 @@ def _refuse_others(tensors: DitTensors) -> None:
 
 def _check_names(tensors: DitTensors, shape: WanShape) -> None:
     """Raise UserError unless the tensors are exactly those of a DiT of this shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(shape).state_dict().items()}
+    expected = _expected_shapes(shape)
     found = {name: tensors.shape(name) for name in tensors}
     if found.keys() > expected.keys():
         more = _listed(found.keys() - expected.keys())
@@ -378,6 +392,11 @@ def _check_names(tensors: DitTensors, shape: WanShape) -> None:
     check_names(tensors.where, expected, found)
 
 
+@lru_cache(maxsize=1)  # what is checked first is loaded next
+def _expected_shapes(shape: WanShape) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in _empty_model(shape).state_dict().items()}
+
+
 def _listed(names: Iterable[str]) -> str:
     """Return "3 tensors (a, b, ...)", naming at most three."""
     names = sorted(names)
@@ -385,8 +404,17 @@ def _listed(names: Iterable[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
 
 
-def _check_fp8(tensors: DitTensors, fp8: bool, fp8_scaled: bool) -> None:
+def _check_fp8(
+    tensors: DitTensors, fp8: bool, fp8_scaled: bool, fp8_fast: bool = False, quantize: str | None = None
+) -> None:
     dtype = tensors.linear_dtype()
+    if quantize and (fp8 or fp8_scaled or fp8_fast):
+        raise UserError(
+            f"--quantize {quantize}: holds the same weights as the fp8 options, in another way",
+            "leave one of them out",
+        )
+    if fp8_fast and not fp8:
+        raise UserError("--fp8_fast: computes with the weights of --fp8_scaled", "add --fp8_scaled")
     if fp8_scaled and not fp8:
         raise UserError("--fp8_scaled: is a way of doing --fp8", "add --fp8, in training --fp8_base")
     if dtype not in FLOAT8_KINDS:
@@ -401,7 +429,7 @@ def _check_fp8(tensors: DitTensors, fp8: bool, fp8_scaled: bool) -> None:
             f"{tensors.where}: holds float8 weights, which --fp8_scaled cannot make more exact",
             "use the bf16 or fp16 file, or leave --fp8_scaled out",
         )
-    if not fp8:
+    if not fp8 and not quantize:
         raise UserError(
             f"{tensors.where}: holds float8 weights",
             "add --fp8, in training --fp8_base, or use the bf16 or fp16 file",
@@ -414,22 +442,43 @@ def _empty_model(shape: WanShape) -> WanModel:
         return WanModel(shape)
 
 
+def _linears(
+    shape: WanShape,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    fp8: bool,
+    scaled: bool,
+    fast: bool,
+    quantize: str | None,
+) -> Callable[[int], Callable[..., QuantizedLinear] | None]:
+    """Return what makes the linear layers of the block of a number, None where they hold weights in `dtype`."""
+    if quantize:
+        return lambda number: FORMATS[quantize]
+    if not fp8:
+        return lambda number: None
+    if not fast:
+        return lambda number: partial(Float8Linear, scaled=scaled, scale_dtype=dtype)
+    row_scales = check_fp8_fast(torch.device(device))
+    # Where tokens come in and where they go out rounding does the most harm.
+    inner = range(1, shape.blocks - 1)
+    return lambda number: partial(FastFloat8Linear, fast=number in inner, row_scales=row_scales)
+
+
 def _assemble(
     tensors: DitTensors,
     shape: WanShape,
     dtype: torch.dtype,
     device: torch.device | str,
     deltas: Deltas,
-    fp8: bool = False,
-    fp8_scaled: bool = False,
+    linears: Callable[[int], Callable[..., QuantizedLinear] | None] = lambda number: None,
     swapped: Sequence[int] = (),
     disk: Disk | None = None,
+    mapped: bool = True,
 ) -> WanModel:
     """Return the model with its tensors read one by one, each changed, cast and placed before the next.
 
-    Copies also of what could stay a view of the file: where a file's tensors begin is no multiple of what kernels read
-    fastest from, and the last bits of a sum depend on it. swapped: numbers of the blocks whose tensors are
-    left in main memory, or on the disk. They are changed and quantised on the device all the same, for the same bits.
+    linears: see _linears(). swapped: numbers of the blocks whose tensors are left in main memory, or on the disk. They
+    are changed and quantised on the device all the same, for the same bits.
     """
     if unknown := [name for name in deltas if name not in tensors]:
         raise UserError(
@@ -437,50 +486,106 @@ def _assemble(
             "use a LoRA that was trained for this kind of model",
         )
     model = _empty_model(shape).requires_grad_(False)
-    fp8_scaled = fp8_scaled or tensors.has_scales
-    if fp8:
-        use_float8_linears(model.blocks, fp8_scaled)
-    weights = {}
+    for number, block in enumerate(model.blocks):
+        if make := linears(number):
+            replace_linears(block, make)
     in_main_memory = tuple(f"blocks.{number}." for number in swapped)
     hidden = None if logger.isEnabledFor(logging.INFO) else True  # by processes that leave the log to the first one
-    for name in tqdm(list(tensors), desc="loading the DiT", unit=" tensors", leave=False, disable=hidden):
-        original = tensor = tensors.get(name)
-        scale = tensors.scale(name)
-        as_float8 = fp8 and is_quantized(name)
-        if scale is not None and (name in deltas or not as_float8):
-            tensor, scale = tensor.to(device).float() * scale.to(device), None
-        if name in deltas:
-            tensor = _changed(name, tensor.to(device), deltas[name]().to(device), tensors.where)
-        swapped_out = name.startswith(in_main_memory)  # and copied there once more, out of the file
-        home, copy = ("cpu", False) if swapped_out else (device, True)
-        if not as_float8:
-            weights[name] = tensor.to(home, dtype, copy=copy)
-        elif scale is not None:
-            weights[name] = tensor.to(home, copy=copy)
-            weights[scale_name(name)] = block_scales(scale, tensor.shape).to(home, dtype)
-        elif fp8_scaled:
-            quantized = quantized_tensors(name, tensor.to(device), scale_dtype=dtype)
-            weights.update((part, value.to(home)) for part, value in quantized)
-        elif tensor.dtype == FLOAT8:
-            weights[name] = tensor.to(home, copy=copy)
-        else:
-            weights[name] = cast_weight(tensor.to(device)).to(home)
-        if swapped_out and disk is not None:
-            for part in {name, scale_name(name)} & weights.keys():
-                # What is still the very tensor of the file need not be written once more.
-                place = tensors.place(name) if weights[part] is original else None
-                disk.keep(part, weights.pop(part), place)
+    total = len(list(tensors))
+    with tqdm(total=total, desc="loading the DiT", unit=" tensors", leave=False, disable=hidden) as progress:
+        for name, tensor in tensors.each(mapped):
+            swapped_out = name.startswith(in_main_memory)
+            home = "cpu" if swapped_out else device
+            delta = _delta(name, tensor, deltas, tensors.where)
+            _place(model, name, tensor, tensors.scale(name), delta, dtype, device, home)
+            if swapped_out and disk is not None:
+                _leave_on_disk(model, name, disk, (tensor.dtype, tensors.place(name)) if delta is None else None)
+            progress.update()
     if disk is not None:
-        weights.update(disk.stand_ins())
-    model.load_state_dict(weights, assign=True)
+        model.load_state_dict(disk.stand_ins(), strict=False, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def _changed(name: str, weight: Tensor, delta: Tensor, where: str) -> Tensor:
-    """Return weight + delta in float32."""
+def _delta(name: str, weight: Tensor, deltas: Deltas, where: str) -> Tensor | None:
+    """Return what is added to a weight, None where that is nothing."""
+    if name not in deltas:
+        return None
+    delta = deltas[name]()
     if delta.shape != weight.shape:
         raise UserError(
             f"{where}: a LoRA for weights of {tuple(delta.shape)} does not fit {name} of {tuple(weight.shape)}",
             "use a LoRA that was trained for a model of this size",
         )
-    return weight.float() + delta.float()
+    return delta
+
+
+def _place(
+    model: WanModel,
+    name: str,
+    tensor: Tensor,
+    scale: Tensor | None,
+    delta: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    home: torch.device | str,
+) -> None:
+    """Fill a tensor of the model, which had no data yet, with tensor * scale + delta, computed on the device.
+
+    On a CPU slice by slice: memory that is taken anew for each step of a whole tensor costs more time than the steps.
+    """
+    owner, _, own_name = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    encoded = isinstance(layer, QuantizedLinear) and own_name == "weight"
+    kept = encoded and tensor.dtype == layer.weight.dtype == FLOAT8 and delta is None
+    if encoded:
+        places = [_allocated(layer, "weight", None, home), _allocated(layer, "scale_weight", None, home)]
+    else:
+        places = [_allocated(layer, own_name, dtype, home)]
+    if encoded or scale is not None or delta is not None:
+        tensor, scale, delta = (None if x is None else x.to(device) for x in (tensor, scale, delta))
+    count = len(tensor)
+    only_cast = scale is None and delta is None and (not encoded or layer.scale_weight is None)
+    step = count if only_cast or tensor.is_cuda else max(SLICE // tensor[0].numel() // 64, 1) * 64
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        value, factor = tensor[rows], scale if scale is None or scale.ndim == 0 else scale[rows]
+        if kept:
+            factor = torch.ones(()) if factor is None else factor
+            values = (value, factor if places[1] is None else factor.view(-1, *[1] * (places[1].ndim - 1)))
+        else:
+            value = value if factor is None else value.float() * factor
+            value = value if delta is None else value.float() + delta[rows].float()
+            values = layer.encode(value) if encoded else (value,)
+        for place, part in zip(places, values, strict=True):
+            if place is not None:
+                place[rows.start * len(place) // count : rows.stop * len(place) // count].copy_(part)
+
+
+def _leave_on_disk(
+    model: WanModel, name: str, disk: Disk, found: tuple[torch.dtype, tuple[Path, int] | None] | None
+) -> None:
+    """Have on the disk, and no more in memory, what a tensor of the file has become.
+
+    found: its dtype and place in the file, where nothing has been added to it.
+    """
+    owner, _, own_name = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    names = (own_name, "scale_weight") if isinstance(layer, QuantizedLinear) and own_name == "weight" else (own_name,)
+    for part in names:
+        held = getattr(layer, part)
+        if held is None:
+            continue
+        # What is still the very tensor of the file need not be written once more.
+        as_found = found is not None and part == own_name and held.dtype == found[0]
+        disk.keep(f"{owner}.{part}", held, found[1] if as_found else None)
+        _allocated(layer, part, None, "meta")
+
+
+def _allocated(layer: nn.Module, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor | None:
+    """Return a parameter or buffer of a layer, given memory on the device; dtype: None for the one that it has."""
+    empty = getattr(layer, name)
+    if empty is None:
+        return None
+    tensor = torch.empty_like(empty, dtype=dtype or empty.dtype, device=device)
+    setattr(layer, name, nn.Parameter(tensor, requires_grad=False) if isinstance(empty, nn.Parameter) else tensor)
+    return tensor

@@ -1,19 +1,26 @@
 """How much memory a step of the DiT takes, from sizes alone: its weights, and what is alive beside them at its peak."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from wan.fp8 import FLOAT8, Float8Linear, use_float8_linears
+from wan.fp8 import QuantizedLinear, replace_linears
 from wan.model import KEPT_BELOW, WanModel, WanShape
+from wan.rope import TOKENS
 
 ALIGNMENT = 256  # bytes, which kernels read fastest from
 FLOAT32 = torch.float32.itemsize  # of the residual stream and of what norms and rotation compute in
 
 # What is alive at the peak of a block, counted on a CPU (tests/test_wan_memory.py): in values per token and channel,
-# (in the dtype of linear layers, in float32).
+# (in the dtype of linear layers, in float32). Without gradients, where results take the place of what they are made of:
+LEAN_ATTENTION = (4, 0)  # of d: the input, q, k, v
+LEAN_ROTATION = (0, 2)  # of d, besides, of some tokens at a time
+LEAN_NORM = (5, 0)  # of d: the input, q, k before and after its norm, what the norm computes on the way
+LEAN_MLP = (2, 0)  # of d: the norm and the output
+# In training:
 ATTENTION = (6, 3)  # of d: the input and its norm, q, k, v, one of them rotated, the other being rotated
 MLP = (1, 2)  # of d: the residual stream before and after attention, the norm
 MLP_HIDDEN = 2  # of ffn_dim, in the dtype of linear layers: before and after the GELU
@@ -37,11 +44,12 @@ class Step:
     checkpointing: bool = False
 
 
-def step_bytes(shape: WanShape, step: Step, dtype: torch.dtype, fp8: bool = False, waiting: int = 0) -> int:
+def step_bytes(shape: WanShape, step: Step, dtype: torch.dtype, quantized: bool = False, waiting: int = 0) -> int:
     """Return about how many bytes a step takes beside the DiT's weights: no less.
 
-    dtype: that linear layers compute in. fp8: their weights are held as float8. waiting: how many bytes the predictions
-    of a guided step may take that wait for their turn at a block. Attention never holds its logits, as all kernels do.
+    dtype: that linear layers compute in. quantized: their weights are held in another. waiting: how many bytes the
+    predictions of a guided step may take that wait for their turn at a block. Attention never holds its logits, as all
+    kernels do.
     """
     half, tokens = dtype.itemsize, step.batch * math.prod(step.grid) // math.prod(shape.patch)
 
@@ -50,15 +58,17 @@ def step_bytes(shape: WanShape, step: Step, dtype: torch.dtype, fp8: bool = Fals
 
     residual = tokens * shape.dim * FLOAT32
     forward = max(values(ATTENTION), values(MLP, MLP_HIDDEN))
-    # A float8 weight is turned into the dtype of the computation, and there multiplied by its scales.
-    dequantized = 2 * shape.dim * max(shape.dim, shape.ffn_dim) * half if fp8 else 0
+    rotation = values(LEAN_ROTATION, rows=min(tokens, step.batch * TOKENS))
+    lean = max(values(LEAN_ATTENTION) + rotation, values(LEAN_NORM), values(LEAN_MLP, hidden=1))
+    # A quantised weight is turned into the dtype of the computation, and there multiplied by its scales.
+    dequantized = 2 * shape.dim * max(shape.dim, shape.ffn_dim) * half if quantized else 0
     if step.trained:
         saved = values(SAVED, SAVED_HIDDEN) + values(SAVED_OF_CONTEXT, rows=step.batch * context_rows(shape))
         saved += 2 * ADAPTED_LAYERS * step.rank * tokens * half
         kept = shape.blocks * residual + saved if step.checkpointing else shape.blocks * saved
         peak = kept + max(values(BACKWARD, MLP_HIDDEN), forward - saved) + dequantized + OPTIMIZED * step.trained
     else:
-        peak = forward + dequantized
+        peak = lean + dequantized
     time = 6 * shape.dim * (shape.dim + step.batch) * FLOAT32  # weights that make modulation of it, before the blocks
     turns = (step.passes - 1) * residual
     return residual + max(peak, time) + _shared_bytes(shape, step, half) + (turns if turns <= waiting else 0)
@@ -81,24 +91,29 @@ def context_rows(shape: WanShape) -> int:
     return shape.text_length + (0 if shape.clip_dim is None else shape.image_tokens or 257)
 
 
-def weight_bytes(shape: WanShape, dtype: torch.dtype, fp8: bool = False, fp8_scaled: bool = False) -> tuple[int, int]:
-    """Return the bytes of one block's weights, packed, and of all weights outside the blocks."""
+def weight_bytes(
+    shape: WanShape, dtype: torch.dtype, make: Callable[..., QuantizedLinear] | None = None
+) -> tuple[int, int]:
+    """Return the bytes of one block's weights, packed, and of all weights outside the blocks.
+
+    make: see replace_linears(); None where linear layers hold their weights in `dtype`.
+    """
     with torch.device("meta"):
         model = WanModel(shape)
     block = model.blocks[0]
     del model.blocks
-    if fp8:
-        use_float8_linears(block, fp8_scaled)
+    if make:
+        replace_linears(block, make)
     return held_bytes(block, dtype), held_bytes(model, dtype)
 
 
 def held_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of a module's tensors, each aligned, once those that are not float8 are in a dtype."""
+    """Return the bytes of a module's tensors, each aligned, once those that are not quantised are in a dtype."""
     sizes = {}
     for owner in module.modules():
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
-            float8 = isinstance(owner, Float8Linear) and name == "weight"
-            sizes[id(tensor)] = aligned(tensor.numel() * (FLOAT8 if float8 else dtype).itemsize)
+            quantized = isinstance(owner, QuantizedLinear) and name != "bias"
+            sizes[id(tensor)] = aligned(tensor.numel() * (tensor.dtype if quantized else dtype).itemsize)
     return sum(sizes.values())
 
 

@@ -48,7 +48,7 @@ def rotate(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def rotate_(x: Tensor, factors: Tensor) -> Tensor:
-    """Return what rotate() does, in the memory of x; what is computed in float32 on the way is a few tokens at a time."""
+    """Return what rotate() does, in the memory of x; only a few tokens at a time are float32 on the way."""
     for some, turns in zip(x.split(TOKENS, dim=1), factors.split(TOKENS, dim=-3), strict=True):
         some.copy_(rotate(some, turns))
     return x

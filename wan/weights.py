@@ -1,7 +1,7 @@
 """What reading the weights of any model has in common: which model a file holds, what is missing, filling it in."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +37,8 @@ class Weights(Protocol):
 
     def place(self, key: str) -> tuple[Path, int] | None: ...
 
+    def each(self, keys: Iterable[str], mapped: bool = True) -> Iterator[tuple[str, Tensor]]: ...
+
 
 class InMemory:
     """A state dict behind the interface of a weight file."""
@@ -56,6 +58,9 @@ class InMemory:
 
     def place(self, key: str) -> None:
         return None
+
+    def each(self, keys: Iterable[str], mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
+        return ((key, self._tensors[key]) for key in keys)
 
 
 def shapes_of(weights: Weights) -> dict[str, tuple[int, ...]]:
