@@ -49,9 +49,9 @@ class TrainedDit(Trained):
     def check(
         self, options: TrainOptions, shape: WanShape, file_dtype: torch.dtype, device: torch.device, seed: int
     ) -> tuple[str, torch.dtype]:
-        for name in ("fp8_base", "fp8_scaled"):
+        for name in ("fp8_base", "fp8_scaled", "quantize"):
             if getattr(options.precision, name):
-                raise UserError(f"--{name}: is not available in fine-tuning, float8 weights are frozen", "leave it out")
+                raise UserError(f"--{name}: is not available in fine-tuning, such weights are frozen", "leave it out")
         if file_dtype in FLOAT8:
             raise UserError(
                 f"--dit {options.dit.dit}: holds float8 weights, which are too coarse to train", "use the bf16 file"

@@ -45,6 +45,7 @@ from wan.loading import DitOptions, dit_dtype, load_dit
 from wan.memory import Step as MemoryStep
 from wan.model import WanModel
 from wan.parallel import share_out
+from wan.quantize import FORMATS
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, load_vae
 
@@ -82,6 +83,14 @@ class RunOptions:
     )
     fp8: bool = option(False, "hold the DiT's linear weights as float8: half the memory, a little less exact")
     fp8_scaled: bool = option(False, "the same with a scale for each 64 weights, which is more exact")
+    fp8_fast: bool = option(
+        False,
+        "with --fp8_scaled: round what comes in to float8 too and multiply that, on GPUs of compute capability 8.9 or "
+        "newer: faster and less exact (docs/memory.md); not in the first and the last block",
+    )
+    quantize: str | None = option(
+        None, "hold the DiT's linear weights as bitsandbytes does, instead of as float8", choices=tuple(FORMATS)
+    )
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,10 @@ class Models:
             attn_mode=self.run.attn_mode,
             fp8=self.run.fp8 or self.run.fp8_scaled,
             fp8_scaled=self.run.fp8_scaled,
+            fp8_fast=self.run.fp8_fast,
+            quantize=self.run.quantize,
             swap=self.swap,
+            disable_numpy_memmap=self.dit.disable_numpy_memmap,
             compiling=self.compiling,
             steps=steps,
             residual_dtype=parse_dtype(self.dit.residual_dtype),

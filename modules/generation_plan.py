@@ -34,9 +34,11 @@ from wan.attention import check_attention
 from wan.block_swap import check_swap
 from wan.compiling import check_compile
 from wan.configs import WanConfig
+from wan.fp8 import check_fp8_fast
 from wan.loading import check_dit, check_fp8
 from wan.model import WanModel, WanShape
 from wan.parallel import split_of
+from wan.quantize import check_quantize
 from wan.vae import check_vae
 from wan.weights import describe, wrong_kind
 
@@ -59,7 +61,11 @@ def check_generation(
     check_compile(models.compiling, models.device)
     _check_sampling(requests, sampling)
     shape = check_dit(models.dit.dit, models.config)
-    check_fp8(models.dit.dit, models.run.fp8 or models.run.fp8_scaled, models.run.fp8_scaled)
+    run = models.run
+    check_fp8(models.dit.dit, run.fp8 or run.fp8_scaled, run.fp8_scaled, run.fp8_fast, run.quantize)
+    if run.fp8_fast:
+        check_fp8_fast(models.device)
+    check_quantize(run.quantize, shape, models.device)
     check_swap(models.swap, shape.blocks)
     split_of(processes, shape.heads, any(is_guided(request, models.config, sampling) for request in requests))
     blocks = [block for block in skipped_blocks(sampling) if not 0 <= block < shape.blocks]
@@ -212,6 +218,8 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         "attn_mode": models.run.attn_mode,
         "fp8": ("scaled" if models.run.fp8_scaled else "plain") if models.run.fp8 or models.run.fp8_scaled else None,
         "residual_dtype": models.dit.residual_dtype if models.dit.residual_dtype != "float32" else None,
+        "fp8_fast": models.run.fp8_fast or None,
+        "quantize": models.run.quantize,
         "lora": [
             {"file": path.name, "sha256": file_hash(path), "multiplier": multiplier}
             for path, multiplier in models.lora.files()

@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.options import option, suggest
 from wan.loading import Deltas, check_fp8
 from wan.model import WanModel, WanShape
+from wan.quantize import check_quantize
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class TrainedLora(Trained):
     ) -> tuple[str, torch.dtype]:
         precision = options.precision
         check_numbers(self.options)
-        check_fp8(options.dit.dit, precision.fp8_base, precision.fp8_scaled)
+        check_fp8(options.dit.dit, precision.fp8_base, precision.fp8_scaled, quantize=precision.quantize)
+        check_quantize(precision.quantize, shape, device)
         mixed_precision, dtype = frozen_precision(precision.mixed_precision, file_dtype, device)
         with torch.device("meta"):
             model = WanModel(shape)

@@ -83,7 +83,9 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     total_steps, epochs = run_length(options.training, math.ceil(len(data) / processes))
     check_optimizer(options.optimizer, device, total_steps, trained.shapes)
     precision = options.precision
-    run = RunOptions(fp8=precision.fp8_base, fp8_scaled=precision.fp8_scaled, attn_mode=attn_mode)
+    run = RunOptions(
+        fp8=precision.fp8_base, fp8_scaled=precision.fp8_scaled, quantize=precision.quantize, attn_mode=attn_mode
+    )
     samples = plan_samples(
         options.samples,
         options.dit,

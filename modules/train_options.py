@@ -16,6 +16,7 @@ from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.compiling import MODES, CompileOptions
 from wan.loading import DitOptions
+from wan.quantize import FORMATS
 from wan.t5 import T5Options
 from wan.vae import VaeOptions
 
@@ -46,6 +47,9 @@ class PrecisionOptions:
     )
     fp8_base: bool = option(False, "for a LoRA: hold the DiT's linear weights as float8 (e4m3fn), half their memory")
     fp8_scaled: bool = option(False, "with --fp8_base: with a scale for every 64 weights, which is more exact")
+    quantize: str | None = option(
+        None, "for a LoRA: hold them as bitsandbytes does, instead of as float8", choices=tuple(FORMATS)
+    )
     gradient_checkpointing: bool = option(
         False, "keep only the inputs of blocks and compute all else again in the backward pass: much less memory"
     )

@@ -87,6 +87,8 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
             split_attn=options.attention.split_attn,
             fp8=options.precision.fp8_base,
             fp8_scaled=options.precision.fp8_scaled,
+            quantize=options.precision.quantize,
+            disable_numpy_memmap=options.dit.disable_numpy_memmap,
             swap=options.swap,
             hold=trained.hold,
             compiling=plan.compiling,

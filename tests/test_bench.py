@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import denoise, dit, measure, swapping, training, vae
+from bench import denoise, dit, measure, precision, swapping, training, vae
 from bench.dit import Size
 from bench.measure import Row, Setting
 from tests.tiny import state_dict
@@ -57,3 +57,11 @@ def test_rows_are_shown_and_written_as_json(tmp_path, capsys):
     assert "| one | 1 s | 4 s | 0.25 | <= 0.50 | 1.0e-06 |" in capsys.readouterr().out
     written = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"] for row in written] == ["one", "two"] and written[1]["goal"] is None
+
+
+def test_ways_of_holding_weights_are_told_apart_by_their_error():
+    errors = {name: from_exact for name, from_exact, _ in precision.rows(torch.device("cpu"))}
+    bf16 = errors["bf16"]
+    assert 0 < bf16 < 0.01 and all(bf16 < error for name, error in errors.items() if name.startswith("`"))
+    assert errors["`--quantize int8`"] < errors["`--fp8_scaled`"] < errors["`--quantize nf4`"] < 0.3
+    assert errors["text embedding, bf16"] < errors["text embedding, `--fp8_t5`"] < 0.03

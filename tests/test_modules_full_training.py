@@ -258,8 +258,9 @@ def test_samples_show_the_dit_in_training_and_do_not_change_the_run(trainer, mod
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--fp8_base", "--fp8_base: is not available in fine-tuning, float8 weights are frozen. Leave it out."),
-        ("--fp8_scaled", "--fp8_scaled: is not available in fine-tuning, float8 weights are frozen. Leave it out."),
+        ("--fp8_base", "--fp8_base: is not available in fine-tuning, such weights are frozen. Leave it out."),
+        ("--fp8_scaled", "--fp8_scaled: is not available in fine-tuning, such weights are frozen. Leave it out."),
+        ("--quantize nf4", "--quantize: is not available in fine-tuning, such weights are frozen. Leave it out."),
         ("--blocks_to_swap 3", "--blocks_to_swap 3: the DiT has 2 blocks. Use 2 or fewer, or auto."),
         (
             "--blocks_to_swap auto",

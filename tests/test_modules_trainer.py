@@ -143,7 +143,10 @@ def test_offloading_sends_the_inputs_of_blocks_away_and_needs_checkpointing(trai
 
 @pytest.mark.parametrize(
     "flags",
-    ["--fp8_base", "--fp8_base --fp8_scaled", "--split_attn", "--mixed_precision bf16", "--residual_dtype bf16"],
+    [
+        *("--fp8_base", "--fp8_base --fp8_scaled", "--quantize int8"),
+        *("--split_attn", "--mixed_precision bf16", "--residual_dtype bf16"),
+    ],
 )
 def test_every_way_to_save_memory_trains_nearly_the_same(trainer, flags):
     options = "--max_train_steps 4 --learning_rate 1e-3"
@@ -152,7 +155,14 @@ def test_every_way_to_save_memory_trains_nearly_the_same(trainer, flags):
     assert (got == want) == (flags == "--split_attn")
 
 
-@pytest.mark.parametrize("more", ["", "--gradient_checkpointing", "--fp8_base --fp8_scaled --gradient_checkpointing"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "--gradient_checkpointing",
+        *(f"{held} --gradient_checkpointing" for held in ("--fp8_base", "--quantize nf4")),
+    ],
+)
 def test_swapped_blocks_train_the_same_lora_bit_by_bit(trainer, recipe, tmp_path, more):
     path = tmp_path / "base.safetensors"
     save_file_atomically(recipe.state_dict("lora_t2v"), path)

@@ -282,7 +282,8 @@ def test_a_picture_is_one_frame(generate, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"fp8": True}, {"fp8_scaled": True}, {"sample_solver": "dpm++"}, {"cpu_noise": True}]
+    "options",
+    [{"fp8": True}, {"fp8_scaled": True}, {"sample_solver": "dpm++"}, {"cpu_noise": True}, {"quantize": "int8"}],
 )
 def test_every_way_of_running_makes_finite_latents_near_the_plain_one(generate, tmp_path, options):
     for name, more in (("plain", {}), ("other", options)):
