@@ -47,7 +47,7 @@ from bench.two_way import plain_twin
 from utils.files import atomic_path
 from wan.attention import ATTENTION_MODES
 from wan.block_swap import SwapOptions, streaming_device
-from wan.checkpointing import save_memory
+from wan.checkpointing import offloading, save_memory
 from wan.configs import TASKS
 from wan.model import WanModel, WanShape, call
 from wan.vae import VaeShape
@@ -282,10 +282,13 @@ def generation_peak(lab: Lab, line: Line, model: str, work: Work) -> Line:
 
 
 @contextlib.contextmanager
-def lora_on(dit: WanModel, work: Work, device: torch.device) -> Iterator[Callable[[], Tensor]]:
-    """Yield what takes the next step of training a LoRA with gradient checkpointing; the DiT is then as it was."""
+def lora_on(dit: WanModel, work: Work, device: torch.device, offload: bool = False) -> Iterator[Callable[[], Tensor]]:
+    """Yield what takes the next step of training a LoRA with gradient checkpointing; the DiT is then as it was.
+
+    offload: what checkpointing keeps waits in main memory.
+    """
     network = attached_lora(dit, device)
-    save_memory(dit, checkpointing=True)
+    save_memory(dit, True, offloading(device) if offload else None)
     try:
         yield training_step(dit, network, work, device)
     finally:
@@ -302,7 +305,7 @@ def training(lab: Lab, line: Line, model: str, work: Work) -> Line:
 
 
 def training_peak(lab: Lab, line: Line, model: str, work: Work) -> Line:
-    with lora_on(lab.model(model, fp8=True, swapped=True), work, lab.device) as step:
+    with lora_on(lab.model(model, fp8=True, swapped=True), work, lab.device, offload=True) as step:
         return _peak(lab, line, step)
 
 

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +44,7 @@ from bench.steps import (
 )
 from utils.files import atomic_path
 from wan.block_swap import CpuDevice, Device, Ring, SwapOptions, streamed_blocks, streaming_device
-from wan.checkpointing import save_memory
+from wan.checkpointing import Offload, offloading, save_memory
 from wan.configs import TASKS
 from wan.model import WanModel
 from wan.vae import VaeShape
@@ -84,6 +85,7 @@ class Plan:
     swapped: int = 0
     train: bool = False
     checkpointing: bool = True
+    offload: bool = False  # of what checkpointing keeps
     rank: int = RANK
 
     @property
@@ -95,7 +97,8 @@ class Plan:
     def command(self) -> str:
         words = f"python -m bench.memory --task {self.task} --size {self.width} {self.height} --frames {self.frames}"
         words += " --fp8" * self.fp8 + f" --swap {self.swapped}" * bool(self.swapped) + " --train" * self.train
-        return words + " --no_checkpointing" * (not self.checkpointing) + f" --rank {self.rank}" * (self.rank != RANK)
+        words += " --no_checkpointing" * (not self.checkpointing) + " --offload" * self.offload
+        return words + f" --rank {self.rank}" * (self.rank != RANK)
 
 
 @dataclass(frozen=True)
@@ -264,19 +267,24 @@ def counted(plan: Plan, work: Work, device: torch.device, tracker: Tracker) -> C
             return weight.clone()
 
     dit, ring = prepared(plan, work, device, SizesDevice(device, tracker), parked)
-    step = step_of(plan, work, dit, device)
+    offload = Offload(partial(SizesDevice, device, tracker)) if plan.offload else None
+    step = step_of(plan, work, dit, device, offload)
     tracker.peak["device"] = tracker.alive["device"]
     step()
     tracker.flops.clear()
-    before = ring.bytes_copied if ring else 0
+    before = _copied(ring, offload)
     step()
     return Cost(
         tracker.peak["device"],
         tracker.peak["main"],
         tracker.flops["matrices"],
         tracker.flops["attention"],
-        ring.bytes_copied - before if ring else 0,
+        _copied(ring, offload) - before,
     )
+
+
+def _copied(ring: Ring | None, offload: Offload | None) -> int:
+    return (ring.bytes_copied if ring else 0) + (offload.bytes_back if offload else 0)
 
 
 def prepared(
@@ -288,9 +296,11 @@ def prepared(
     return dit, swap(dit, work.swapped, streaming) if work.swapped else None
 
 
-def step_of(plan: Plan, work: Work, dit: WanModel, device: torch.device) -> Callable[[], Tensor]:
+def step_of(
+    plan: Plan, work: Work, dit: WanModel, device: torch.device, offload: Offload | None
+) -> Callable[[], Tensor]:
     if plan.train:
-        save_memory(dit, plan.checkpointing)
+        save_memory(dit, plan.checkpointing, offload)
         return training_step(dit, attached_lora(dit, device, plan.rank), work, device)
     return generation_step(dit, work, device)
 
@@ -300,14 +310,15 @@ def measured(plan: Plan, device: torch.device) -> Cost:
     work = plan.work
     streaming = streaming_device(device, SwapOptions()) if work.swapped else None
     dit, ring = prepared(plan, work, device, streaming, Tensor.cpu)
-    step = step_of(plan, work, dit, device)
+    offload = offloading(device) if plan.offload else None
+    step = step_of(plan, work, dit, device, offload)
     step()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before, start = ring.bytes_copied if ring else 0, time.perf_counter()
+    before, start = _copied(ring, offload), time.perf_counter()
     step()
     torch.cuda.synchronize(device)
-    seconds, copied = time.perf_counter() - start, ring.bytes_copied - before if ring else 0
+    seconds, copied = time.perf_counter() - start, _copied(ring, offload) - before
     return Cost(torch.cuda.max_memory_allocated(device), None, copied_bytes=copied, seconds=seconds)
 
 
@@ -339,7 +350,10 @@ def _held(task: str, width: int, height: int, frames: int, train: bool) -> Itera
     blocks = TASKS[task].blocks
     for fp8 in (False, True):
         for swapped in (0, blocks // 2, blocks):
-            yield Plan(task, width, height, frames, fp8, swapped, train)
+            plan = Plan(task, width, height, frames, fp8, swapped, train)
+            yield plan
+            if train and frames > 1 and swapped == blocks:
+                yield replace(plan, offload=True)
 
 
 HEADINGS = ("", "video", "weights", "swapped", "peak VRAM", "card", "peak RAM", *(f"s/step {gpu}" for gpu in RATES))
@@ -362,7 +376,7 @@ def fitting(cards: Mapping[Plan, int | None]) -> Iterator[str]:
     yield from _head(("fits on", "video", *(f"{card} GB" for card in SMALL_CARDS)))
     same = itertools.groupby(cards, key=lambda plan: (_name(plan), _video(plan)))
     for names, held in same:
-        by_speed = sorted(held, key=lambda plan: (plan.swapped, plan.fp8))
+        by_speed = sorted(held, key=lambda plan: (plan.offload, plan.swapped, plan.fp8))
         fastest = (
             next((plan for plan in by_speed if cards[plan] and cards[plan] <= card), None) for card in SMALL_CARDS
         )
@@ -378,7 +392,8 @@ def _video(plan: Plan) -> str:
 
 
 def _setting(plan: Plan) -> str:
-    return ("fp8" if plan.fp8 else "bf16") + f", swap {plan.swapped}" * bool(plan.swapped)
+    words = ("fp8" if plan.fp8 else "bf16") + f", swap {plan.swapped}" * bool(plan.swapped)
+    return words + ", offload" * plan.offload
 
 
 def _head(cells: Sequence[str]) -> Iterator[str]:
@@ -397,7 +412,7 @@ def row(plan: Plan, cost: Cost) -> tuple[str, ...]:
         _name(plan),
         _video(plan),
         "fp8" if plan.fp8 else "bf16",
-        str(plan.swapped),
+        f"{plan.swapped}" + ", offload" * plan.offload,
         f"{cost.device_bytes / GIB:.1f}",
         f"{cost.card} GB" if cost.card else "",
         "" if cost.main_bytes is None else f"{cost.main_bytes / GIB:.1f}",
@@ -424,6 +439,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--swap", type=int, default=0, metavar="N", help="hold N blocks in main memory")
     options.add_argument("--train", action="store_true", help="a step of training a LoRA, not one of generation")
     options.add_argument("--no_checkpointing", action="store_true", help="train without gradient checkpointing")
+    options.add_argument("--offload", action="store_true", help="train with --gradient_checkpointing_cpu_offload")
     options.add_argument("--rank", type=int, default=RANK, help=f"of the LoRA (default: {RANK})")
     options.add_argument("--decode", action="store_true", help="decoding with the VAE instead")
     options.add_argument("--vae_cache_cpu", action="store_true")
@@ -435,7 +451,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_of(given: argparse.Namespace) -> Plan:
-    held = {"fp8": given.fp8, "swapped": given.swap, "train": given.train, "rank": given.rank}
+    held = {name: getattr(given, name) for name in ("fp8", "train", "offload", "rank")} | {"swapped": given.swap}
     return Plan(given.task, *given.size, given.frames, checkpointing=not given.no_checkpointing, **held)
 
 
