@@ -257,6 +257,37 @@ def test_passes_that_take_turns_give_the_same_bits_as_one_after_the_other(kind):
         assert len(device.order) <= 2 * swapped + slots - 1
 
 
+@pytest.mark.parametrize("kind", ["dit_t2v", "dit_i2v"])
+@pytest.mark.parametrize(("swapped", "slots"), [(BLOCKS, 1), (BLOCKS, 2), (BLOCKS, BLOCKS), (2, 2)])
+@torch.inference_mode()
+def test_what_makes_kept_keys_and_values_is_copied_for_new_texts_alone(kind, swapped, slots):
+    plain = model_of(kind, blocks=BLOCKS)
+    with torch.inference_mode(False):
+        model, device = model_of(kind, blocks=BLOCKS), Late()
+        ring = swapped_blocks(model, swapped, slots, device)
+    x, timestep, (first, second, _) = guided_inputs(plain)
+    features = first.pop("image_features", None)
+    copied = []
+    for texts in ((first, second), (second, first), (second,)):
+        passes, expected = (
+            [{"text": each.context(seen["text"], features, reused=True), "y": seen.get("y")} for seen in texts]
+            for each in (model, plain)
+        )
+        for _ in range(3):
+            before, want = ring.bytes_copied, plain.velocities(x, timestep, expected)
+            found = model.velocities(x, timestep, passes)
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+            copied.append(ring.bytes_copied - before)
+    if slots < swapped:
+        assert copied[2] == swapped * ring.needed_bytes < swapped * ring.block_bytes
+        assert copied[2] == copied[5] == copied[8]
+        # With new texts also what is there in part, for which the next step has been taken.
+        new = swapped * ring.block_bytes + (slots - 1) * ring.needed_bytes
+        assert copied[3] == copied[6] == new
+    state = model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in plain.state_dict().items())
+
+
 def test_passes_one_after_the_other_have_gradients(load):
     model, plain = load(), load()
     swapped_blocks(model, BLOCKS, 1, Counting())

@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -299,8 +300,8 @@ class Packed:
             start += aligned(tensor.nbytes)
 
     def show(self, tensors: Sequence[Tensor]) -> None:
-        """Make tensors, whose values the bytes are, views of them."""
-        for tensor, view in zip(tensors, self.views, strict=True):
+        """Make tensors, the first or all of those whose values the bytes are, views of them."""
+        for tensor, view in zip(tensors, self.views, strict=False):
             tensor.data = view
 
 
@@ -318,8 +319,8 @@ class Home:
         self.packed.show(tensors)
 
     def send(self, slot: Tensor) -> Any:
-        """Start to bring the weights into a slot; return what to wait for."""
-        return self.device.copy(slot, self.packed.data)
+        """Start to bring the weights into a slot, or as many of the first as fit; return what to wait for."""
+        return self.device.copy(slot, self.packed.data[: len(slot)])
 
     def wait(self, copy: Any) -> None:
         """Let computation that begins from now on see the weights in the slot."""
@@ -345,25 +346,29 @@ class Ring:
     Each streamed block's weights are packed into one run of bytes in main memory, their home, and only ever copied from
     there. They are views of their home but for those of the block last used, which are views of its slot. Where their
     home is on the disk, they read as NaN. A rank is the place of a block among those that are streamed.
+
+    What only makes keys and values of a text is packed last, and not copied where these are kept from an earlier step.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: Device, disk: Disk | None = None):
         self.device, self.disk = device, disk
-        self.names = [
-            [f"blocks.{number}.{name}" for name, _ in (*block.named_parameters(), *block.named_buffers())]
-            for number, block in enumerate(blocks)
-        ]
-        self.tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
+        named = [sorted((*block.named_parameters(), *block.named_buffers()), key=_is_spared) for block in blocks]
+        self.names = [[f"blocks.{number}.{name}" for name, _ in each] for number, each in enumerate(named)]
+        self.tensors = [[tensor for _, tensor in each] for each in named]
+        self.needed = sum(not _is_spared(each) for each in named[0])  # tensors that are always copied
         for tensors in self.tensors:
             assert not any(tensor.requires_grad for tensor in tensors), "weights in training cannot be streamed"
             assert [(x.shape, x.dtype) for x in tensors] == [(x.shape, x.dtype) for x in self.tensors[0]]
         self.block_bytes = packed_bytes(self.tensors[0])
+        self.needed_bytes = packed_bytes(self.tensors[0][: self.needed])
         self.loads, self.bytes_copied = 0, 0
         self.numbers: list[int] = []  # of the streamed blocks, by rank
         self.homes: list[Home | DiskHome] = []
         self.slots: list[Packed] = []
         self._held: list[int | None] = []  # the rank in each slot
+        self._whole: list[bool] = []  # whether all of it is there
         self._copies: list[Any] = []
+        self._spared: Callable[[int], bool] = lambda number: False  # whether a block's keys and values are kept
         self._by_address: dict[int, int] = {}
         self._last: int | None = None  # the rank in use
         for number, block in enumerate(blocks):
@@ -383,7 +388,7 @@ class Ring:
             self.homes = [homes[number] for number in self.numbers]
             self.slots = [Packed(self.device.slot(self.block_bytes), self.tensors[0]) for _ in range(slots)]
         self._by_address = {slot.data.untyped_storage().data_ptr(): i for i, slot in enumerate(self.slots)}
-        self._held, self._copies = [None] * slots, [None] * slots
+        self._held, self._whole, self._copies = [None] * slots, [False] * slots, [None] * slots
         if not numbers:
             return
         logger.info(
@@ -406,11 +411,11 @@ class Ring:
                 self.homes[held].wait(copy)
         if self._last is not None:
             self._weights(self._last, self.homes[self._last])
-        self.slots, self._held, self._copies, self._by_address, self._last = [], [], [], {}, None
+        self.slots, self._held, self._whole, self._copies, self._by_address, self._last = [], [], [], [], {}, None
 
-    def _weights(self, rank: int, place: Home | DiskHome | Packed) -> None:
-        """Make the weights of a block what its home or a slot holds."""
-        place.show(self.tensors[self.numbers[rank]])
+    def _weights(self, rank: int, place: Home | DiskHome | Packed, whole: bool = True) -> None:
+        """Make the weights of a block, or those that are always copied, what its home or a slot holds."""
+        place.show(self.tensors[self.numbers[rank]][: None if whole else self.needed])
 
     def record(self, forward: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
         """Return what the model computes, its backward pass being told to find streamed weights by rank.
@@ -430,7 +435,7 @@ class Ring:
         # Where autograd looks on, a block that is not after the last one is being computed again in the backward pass,
         # or is the first of a new pass, before which nothing else needs to be fetched.
         backward = torch.is_grad_enabled() and self._last is not None and rank <= self._last
-        self.use(rank, backward)
+        self.use(rank, backward, whole=not self._spared(number))
         return forward(*args, **named)
 
     def velocities(
@@ -447,24 +452,38 @@ class Ring:
         seen = [{name: value for name, value in each.items() if name != "skip_blocks"} for each in passes]
         begun = [model.embed(x, timestep, **conditions) for conditions in seen]
         tokens, contexts, finish = map(list, zip(*begun, strict=True))
-        for number, block in enumerate(model.blocks):
-            for i, context in enumerate(contexts):
-                if number not in skipped[i]:
-                    tokens[i] = block(tokens[i], *context)
+        kept = [() if context.keys_values is None else context.keys_values for _, _, context, *_ in contexts]
+        with self._sparing(lambda number: all(model.blocks[number].cross_attn in each for each in kept)):
+            for number, block in enumerate(model.blocks):
+                for i, context in enumerate(contexts):
+                    if number not in skipped[i]:
+                        tokens[i] = block(tokens[i], *context)
         return [end(out) for end, out in zip(finish, tokens, strict=True)]
 
-    def use(self, rank: int, backward: bool = False) -> Tensor:
-        """Return the slot that a block's weights are in, and have those that come next on their way."""
-        if rank != self._last:
+    @contextlib.contextmanager
+    def _sparing(self, spared: Callable[[int], bool]) -> Iterator[None]:
+        before, self._spared = self._spared, spared
+        try:
+            yield
+        finally:
+            self._spared = before
+
+    def use(self, rank: int, backward: bool = False, whole: bool = True) -> Tensor:
+        """Return the slot that a block's weights are in, and have those that come next on their way.
+
+        whole: with what makes keys and values of a text.
+        """
+        if rank != self._last or (whole and not self._whole[self._held.index(rank)]):
             upcoming = self._upcoming(rank, backward)
             for near in upcoming:
-                if near not in self._held:
-                    self._load(near, upcoming)
+                complete = whole if near == rank else not self._spared(self.numbers[near])
+                if near not in self._held or (complete and not self._whole[self._held.index(near)]):
+                    self._load(near, upcoming, complete)
             if self._last is not None:
                 self._weights(self._last, self.homes[self._last])
             slot = self._held.index(rank)
             self.homes[rank].wait(self._copies[slot])
-            self._weights(rank, self.slots[slot])
+            self._weights(rank, self.slots[slot], self._whole[slot])
             self._last = rank
         return self.slots[self._held.index(rank)].data
 
@@ -480,13 +499,15 @@ class Ring:
             return range(rank, min(rank + count, len(self.homes)))
         return [(rank + i) % len(self.homes) for i in range(count)]
 
-    def _load(self, rank: int, keep: Collection[int]) -> None:
-        """Start the copy of a block's weights over those of a block that is not to be kept."""
-        slot = next(i for i, held in enumerate(self._held) if held not in keep)
-        self._held[slot] = rank
-        self._copies[slot] = self.homes[rank].send(self.slots[slot].data)
+    def _load(self, rank: int, keep: Collection[int], whole: bool) -> None:
+        """Start the copy of a block's weights over those of a block that is not to be kept, or once more."""
+        again = self._held.index(rank) if rank in self._held else None
+        slot = next(i for i, held in enumerate(self._held) if held not in keep) if again is None else again
+        size = self.block_bytes if whole else self.needed_bytes
+        self._held[slot], self._whole[slot] = rank, whole
+        self._copies[slot] = self.homes[rank].send(self.slots[slot].data[:size])
         self.loads += 1
-        self.bytes_copied += self.block_bytes
+        self.bytes_copied += size
 
     def _packed(self, tensor: Tensor) -> Streamed | None:
         slot = self._by_address.get(tensor.untyped_storage().data_ptr())
@@ -494,6 +515,11 @@ class Ring:
             return None
         find = partial(self.use, self._held[slot], backward=True)
         return Streamed(find, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _is_spared(named: tuple[str, Tensor]) -> bool:
+    """Return whether a block's tensor does nothing but make keys and values of a text or a picture."""
+    return re.match(r"cross_attn\.(norm_k|k|v)(_img)?\.", named[0]) is not None
 
 
 def packed_bytes(like: Iterable[Tensor]) -> int:
