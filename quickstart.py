@@ -40,7 +40,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     if given.what == "test":
         set_up(".[dev]")
-        run([PYTHON, "-m", "pytest", *given.pytest_arguments, *more])
+        several = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # processes, for all tests
+        run([PYTHON, "-m", "pytest", *([*given.pytest_arguments, *more] or several)])
     else:
         set_up(".")
         demo()
