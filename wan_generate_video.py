@@ -17,7 +17,7 @@ from utils.processes import Processes, joined
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.configs import TASKS
-from wan.loading import DitOptions
+from wan.dit_file import DitOptions
 from wan.t5 import T5Options
 from wan.vae import VaeOptions
 

@@ -41,7 +41,8 @@ from wan.conditioning import (
     i2v_size,
 )
 from wan.configs import WanConfig
-from wan.loading import DitOptions, dit_dtype, load_dit
+from wan.dit_file import DitOptions, dit_dtype
+from wan.loading import load_dit
 from wan.memory import Step as MemoryStep
 from wan.model import WanModel
 from wan.parallel import share_out

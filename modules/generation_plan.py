@@ -34,8 +34,8 @@ from wan.attention import check_attention
 from wan.block_swap import check_swap
 from wan.compiling import check_compile
 from wan.configs import WanConfig
+from wan.dit_file import check_dit, check_fp8
 from wan.fp8 import check_fp8_fast
-from wan.loading import check_dit, check_fp8
 from wan.model import WanModel, WanShape
 from wan.parallel import split_of
 from wan.quantize import check_quantize

@@ -17,7 +17,8 @@ from networks.formats import deltas, read_lora
 from networks.lora import LoRANetwork
 from utils.errors import UserError
 from utils.options import option, suggest
-from wan.loading import Deltas, check_fp8
+from wan.dit_file import check_fp8
+from wan.loading import Deltas
 from wan.model import WanModel, WanShape
 from wan.quantize import check_quantize
 

@@ -21,7 +21,7 @@ from wan.attention import check_attention
 from wan.block_swap import check_swap
 from wan.compiling import CompileOptions, check_compile
 from wan.configs import TASKS, WanConfig
-from wan.loading import check_dit, dit_dtype
+from wan.dit_file import check_dit, dit_dtype
 from wan.memory import Step
 from wan.model import WanShape
 

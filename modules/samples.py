@@ -34,7 +34,7 @@ from utils.files import require_file
 from utils.options import option, suggest
 from wan.clip import ClipOptions
 from wan.configs import TASKS, WanConfig
-from wan.loading import DitOptions
+from wan.dit_file import DitOptions
 from wan.memory import Step
 from wan.model import WanModel
 from wan.t5 import T5Options

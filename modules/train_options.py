@@ -15,7 +15,7 @@ from utils.options import option
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.compiling import MODES, CompileOptions
-from wan.loading import DitOptions
+from wan.dit_file import DitOptions
 from wan.quantize import FORMATS
 from wan.t5 import T5Options
 from wan.vae import VaeOptions

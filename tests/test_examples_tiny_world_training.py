@@ -20,7 +20,8 @@ from examples.tiny_world.world import draw, random_scene, varied_caption
 from utils.errors import UserError
 from wan.clip import load_clip
 from wan.configs import TASKS
-from wan.loading import build_dit, check_dit
+from wan.dit_file import check_dit
+from wan.loading import build_dit
 from wan.vae import LATENT_MEAN, LATENT_STD, VaeShape, WanVAE, load_vae
 
 

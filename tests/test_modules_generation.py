@@ -35,7 +35,8 @@ from modules.solvers import Step
 from utils.errors import UserError
 from wan.clip import ClipOptions
 from wan.configs import TASKS
-from wan.loading import DitOptions, build_dit
+from wan.dit_file import DitOptions
+from wan.loading import build_dit
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, build_vae
 

@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.options import parse_options
 from wan.clip import ClipOptions
 from wan.configs import TASKS
-from wan.loading import DitOptions
+from wan.dit_file import DitOptions
 from wan.t5 import T5Options
 from wan.vae import VaeOptions
 

@@ -22,7 +22,8 @@ from utils.errors import UserError
 from utils.options import parse_options
 from utils.safetensors_io import read_metadata, save_file_atomically
 from wan.configs import TASKS
-from wan.loading import build_dit, dit_shape
+from wan.dit_file import dit_shape
+from wan.loading import build_dit
 from wan.memory import Step
 
 BASE = "--max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3 --network_dim 4"

@@ -14,18 +14,9 @@ from tests.test_wan_model import distance, random_inputs
 from utils.errors import UserError
 from utils.safetensors_io import open_tensors
 from wan.configs import TASKS
+from wan.dit_file import DitOptions, check_dit, check_fp8, dit_dtype, dit_kind, dit_shape, task_kind
 from wan.fp8 import FLOAT8, dequantize_weight
-from wan.loading import (
-    DitOptions,
-    build_dit,
-    check_dit,
-    check_fp8,
-    dit_dtype,
-    dit_kind,
-    dit_shape,
-    load_dit,
-    task_kind,
-)
+from wan.loading import build_dit, load_dit
 
 T2V = TASKS["t2v-14B"]
 
@@ -215,7 +206,7 @@ def published(monkeypatch):
     """Let any path name a model of published size."""
 
     def pretend(task: str) -> None:
-        monkeypatch.setattr("wan.loading.open_tensors", lambda *_: EmptyFile(empty_dit(task)))
+        monkeypatch.setattr("wan.dit_file.open_tensors", lambda *_: EmptyFile(empty_dit(task)))
 
     return pretend
 

@@ -34,7 +34,7 @@ from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.compiling import CompileOptions
 from wan.configs import TASKS
-from wan.loading import DitOptions
+from wan.dit_file import DitOptions
 from wan.t5 import T5Options
 from wan.vae import VaeOptions
 
