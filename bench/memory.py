@@ -43,10 +43,11 @@ from bench.steps import (
     training_step,
 )
 from utils.files import atomic_path
-from wan.block_swap import CpuDevice, Device, Ring, SwapOptions, streamed_blocks, streaming_device
+from wan.block_swap import Ring, SwapOptions, streamed_blocks, streaming_device
 from wan.checkpointing import Offload, offloading, save_memory
 from wan.configs import TASKS
 from wan.model import WanModel
+from wan.streaming import CpuDevice, Device
 from wan.vae import VaeShape
 
 aten = torch.ops.aten

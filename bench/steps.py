@@ -10,10 +10,11 @@ from modules.flow_matching import flow_loss, noised
 from modules.solvers import FIRST_UNIPC_SIGMA, Memory, unipc_step
 from networks.lora import LoRANetwork
 from networks.lora_wan import create_network
-from wan.block_swap import Device, Ring, stream_blocks, streamed_blocks
+from wan.block_swap import Ring, stream_blocks, streamed_blocks
 from wan.configs import WanConfig
 from wan.fp8 import FLOAT8, is_quantized, use_float8_linears
 from wan.model import WanModel, WanShape
+from wan.streaming import Device
 from wan.vae import VaeShape, WanVAE
 
 STEPS, SHIFT, SCALE = 50, 5.0, 5.0

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from bench.dit import Size, both, inputs, velocity_of_theirs
 from bench.measure import TWO_WAY, Row, Setting, distance, main
 from bench.two_way import Exchange, plain_twin, velocities
-from wan.block_swap import CpuDevice, stream_blocks
+from wan.block_swap import stream_blocks
+from wan.streaming import CpuDevice
 
 SIZE = Size(256, 1024, 2, 8, 256, (2, 16, 16))
 SLOTS = 2

@@ -16,8 +16,8 @@ from utils.errors import UserError
 from utils.options import option
 from utils.safetensors_io import open_tensors
 from wan.block_exchange import Exchange, exchange_blocks
-from wan.block_swap import Device
 from wan.model import WanModel, WanShape
+from wan.streaming import Device
 
 
 @dataclass(frozen=True)

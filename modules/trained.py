@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modules.train_options import TrainOptions
-from wan.block_swap import Device
 from wan.loading import Deltas
 from wan.model import WanModel, WanShape
+from wan.streaming import Device
 
 
 class Trained(ABC):

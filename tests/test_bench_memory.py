@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import memory
 from bench.memory import GIB, Cost, Plan, Rates, Tracker, by_fewer_blocks, calculated, counted, decoded
 from bench.steps import Work, generation_step, random_dit
+from wan.memory import weight_bytes
 from wan.model import WanShape
 from wan.vae import VaeShape
 
@@ -85,7 +86,8 @@ def test_checkpointing_saves_memory():
 def test_swapped_blocks_are_in_main_memory_and_but_two_of_them_not_on_the_device():
     image = replace(VIDEO, frames=1, width=64, height=64)
     resident, swapped = calculated(Plan(), image), calculated(Plan(), replace(image, swapped=4))
-    block = swapped.copied_bytes / 4
+    block, _ = weight_bytes(image.shape, image.dtype)
+    assert 0.8 * 4 * block < swapped.copied_bytes < 4 * block  # keys and values of the text are there already
     assert resident.device_bytes - swapped.device_bytes == pytest.approx(2 * block, rel=0.1)
     assert swapped.main_bytes - resident.main_bytes == pytest.approx(5 * block, rel=0.05)  # one while it is packed
 

@@ -12,10 +12,11 @@ from tests.test_wan_block_swap import guided_inputs
 from tests.test_wan_block_swap import load as load
 from utils.errors import UserError
 from wan.auto_swap import AutoSwap, auto_recommended, choose_swap, smallest_swap
-from wan.block_swap import AUTO, CpuDevice, SwapOptions, slots_for, stream_blocks, streamed_blocks
+from wan.block_swap import AUTO, SwapOptions, slots_for, stream_blocks, streamed_blocks
 from wan.fp8 import Float8Linear
 from wan.memory import Step, step_bytes, weight_bytes
 from wan.model import WanShape
+from wan.streaming import CpuDevice
 
 GB = 10**9
 SHAPE = WanShape(5120, 13824, 40, 40, 16)

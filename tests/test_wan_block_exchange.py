@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 from tests import tiny
 from tests.test_wan_model import random_inputs
 from wan.block_exchange import exchange_blocks
-from wan.block_swap import CpuDevice, CudaDevice, packed_bytes, streamed_blocks
+from wan.block_swap import packed_bytes, streamed_blocks
 from wan.checkpointing import save_memory
 from wan.loading import build_dit
 from wan.model import WanModel
+from wan.streaming import CpuDevice, CudaDevice
 
 BLOCKS = 4
 EVERY_WAY = [(swapped, slots) for swapped in range(1, BLOCKS + 1) for slots in range(1, swapped + 1)]

@@ -11,11 +11,12 @@ from tests import tiny
 from tests.test_wan_model import model_of, random_inputs, trained_gradients
 from utils.errors import UserError
 from utils.safetensors_io import save_file_atomically
-from wan.block_swap import CpuDevice, CudaDevice, Ring, SwapOptions, check_swap, stream_blocks, streamed_blocks
+from wan.block_swap import Ring, SwapOptions, check_swap, stream_blocks, streamed_blocks
 from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.loading import load_dit
 from wan.model import WanModel
+from wan.streaming import CpuDevice, CudaDevice
 
 BLOCKS = 4
 EVERY_WAY = [(swapped, slots) for swapped in range(1, BLOCKS + 1) for slots in range(1, swapped + 1)]

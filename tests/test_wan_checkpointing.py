@@ -14,11 +14,11 @@ from networks.lora_wan import create_network
 from tests import tiny
 from tests.test_wan_block_swap import Late, detach_branches, swapped_blocks
 from tests.test_wan_model import distance, model_of, random_inputs, trained_gradients
-from wan.block_swap import CpuDevice, CudaDevice
 from wan.checkpointing import Offload, Run, offloading, run_again_later, run_lean, save_memory
 from wan.loading import build_dit
 from wan.model import WanModel, call
 from wan.recompute import saving
+from wan.streaming import CpuDevice, CudaDevice
 
 BLOCKS = 4
 WAYS = {

@@ -14,11 +14,11 @@ from tests.test_wan_block_swap import Late, swapped_blocks
 from tests.test_wan_model import distance, model_of, random_inputs
 from utils.errors import UserError, run_script
 from utils.options import parse_options
-from wan.block_swap import CudaDevice
 from wan.checkpointing import save_memory
 from wan.compiling import CompileOptions, check_compile, compile_blocks
 from wan.fp8 import quantize, use_float8_linears
 from wan.model import WanModel
+from wan.streaming import CudaDevice
 
 BLOCKS = 3
 CPU = torch.device("cpu")

@@ -15,11 +15,12 @@ from tests.test_wan_block_swap import BLOCKS, WEIGHTS, detach_branches, guided_i
 from tests.test_wan_model import random_inputs, trained_gradients
 from utils.errors import UserError
 from utils.safetensors_io import save_file_atomically
-from wan.block_swap import CpuDevice, SwapOptions, check_swap, stream_blocks
+from wan.block_swap import SwapOptions, check_swap, stream_blocks
 from wan.configs import TASKS
 from wan.disk import Disk, DiskHome, stand_in
 from wan.loading import load_dit
 from wan.model import WanModel
+from wan.streaming import CpuDevice
 
 
 class InPieces(CpuDevice):
@@ -247,7 +248,7 @@ def test_any_part_of_a_packed_block_can_be_asked_for(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_on_a_gpu_blocks_from_the_disk_give_the_same_bits(files, weights, monkeypatch):
-    monkeypatch.setattr("wan.block_swap._STAGED", 1000)
+    monkeypatch.setattr("wan.streaming._STAGED", 1000)
     plain = load_dit(files["whole"], TASKS["t2v-14B"], torch.float32, "cuda", **WEIGHTS[weights])
     given = random_inputs(plain)
     given["x"] = given["x"].cuda()

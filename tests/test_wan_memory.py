@@ -8,7 +8,7 @@ import torch
 from networks import lora_wan
 from tests.live_bytes import LiveBytes
 from tests.test_wan_model import random_inputs
-from wan.block_swap import CpuDevice, stream_blocks
+from wan.block_swap import stream_blocks
 from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.fp8 import Float8Linear
@@ -16,6 +16,7 @@ from wan.loading import load_dit
 from wan.memory import Step, step_bytes, weight_bytes
 from wan.model import WanModel, WanShape
 from wan.quantize import NF4Linear
+from wan.streaming import CpuDevice
 
 MARGIN = 1.6  # how much more than is alive the estimate says at most
 RANK = 8

@@ -14,10 +14,11 @@ import torch
 
 from utils.devices import release_memory
 from utils.errors import UserError
-from wan.block_swap import Device, Ring, SwapOptions, slots_for, streamed_blocks
+from wan.block_swap import Ring, SwapOptions, slots_for, streamed_blocks
 from wan.fp8 import QuantizedLinear
 from wan.memory import Step, step_bytes, weight_bytes
 from wan.model import WanModel, WanShape
+from wan.streaming import Device
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wan.block_swap import Device, Packed, Streamed, packed_bytes
+from wan.block_swap import Packed, Streamed, packed_bytes
 from wan.model import WanModel
 from wan.recompute import saving
+from wan.streaming import Device
 
 logger = logging.getLogger(__name__)
 

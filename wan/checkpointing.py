@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from wan.block_swap import CpuDevice, CudaDevice, Device
 from wan.model import WanModel
 from wan.recompute import RandomState, keeping, recomputing, saving
+from wan.streaming import CpuDevice, CudaDevice, Device
 
 logger = logging.getLogger(__name__)
 

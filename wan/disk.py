@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 class Receiver(Protocol):
-    """Where blocks compute: a wan.block_swap.Device."""
+    """Where blocks compute: a wan.streaming.Device."""
 
     def mark(self) -> Any: ...
 

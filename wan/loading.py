@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.safetensors_io import open_tensors
 from wan.attention import describe_attention
 from wan.auto_swap import AutoSwap, choose_swap
-from wan.block_swap import Device, SwapOptions, stream_blocks, streamed_blocks, streaming_device
+from wan.block_swap import SwapOptions, stream_blocks, streamed_blocks, streaming_device
 from wan.compiling import CompileOptions, compile_blocks
 from wan.configs import WanConfig
 from wan.disk import Disk
@@ -22,6 +22,7 @@ from wan.fp8 import FLOAT8, FastFloat8Linear, Float8Linear, QuantizedLinear, che
 from wan.memory import Step
 from wan.model import WanModel, WanShape
 from wan.quantize import FORMATS
+from wan.streaming import Device
 from wan.weights import InMemory
 
 logger = logging.getLogger(__name__)

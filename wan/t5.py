@@ -17,7 +17,6 @@ from utils.safetensors_io import open_tensors
 from wan.auto_swap import AutoSwap, smallest_swap
 from wan.block_swap import (
     AUTO,
-    Device,
     Ring,
     SwapOptions,
     check_count,
@@ -28,6 +27,7 @@ from wan.block_swap import (
 )
 from wan.fp8 import FLOAT8, Float8Linear, cast_weight, use_float8_linears
 from wan.memory import held_bytes
+from wan.streaming import Device
 from wan.tokenizer import Tokenizer, load_tokenizer, tokenize
 from wan.weights import InMemory, Weights, check_names, describe, place, wrong_kind
 
