@@ -73,7 +73,7 @@ class Late(Counting):
         self.done = max(self.done, copy)
 
 
-HOW = [("float32", Counting), *((held, Late) for held in ("float32", "fp8", "fp8_scaled", "int8", "nf4"))]
+HOW = [("float32", Counting), *((held, Late) for held in ("float32", "fp8", "fp8_scaled", "nf4"))]
 
 
 def swapped_blocks(model: WanModel, swapped: int, slots: int, device: CpuDevice) -> Ring:

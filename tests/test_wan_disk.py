@@ -70,7 +70,8 @@ def deltas():
 
 
 CASES = [("whole", "float32", {}), ("parts", "float32", {}), ("bfloat16", "float32", {})]
-CASES += [("whole", "fp8", {}), ("parts", "fp8_scaled", {}), ("whole", "float32", {"deltas": deltas()})]
+CASES += [("whole", "fp8", {}), ("parts", "fp8_scaled", {}), ("whole", "nf4", {})]
+CASES += [("whole", "float32", {"deltas": deltas()})]
 
 
 # ---------------------------------------------------------------------------------------------------- the same bits

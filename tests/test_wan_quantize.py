@@ -10,6 +10,7 @@ from networks.lora import linear_layers
 from tests import tiny
 from tests.test_wan_model import distance, random_inputs, trained_gradients
 from utils.errors import UserError
+from wan.checkpointing import save_memory
 from wan.configs import TASKS
 from wan.fp8 import is_quantized
 from wan.loading import build_dit, load_dit
@@ -66,7 +67,7 @@ def test_branches_get_the_gradients_they_get_on_the_rounded_weights(loaded, name
     weights, model = tiny.state_dict("dit_t2v"), loaded(name)
     rounded = {own: decoded(model.get_submodule(own.removesuffix(".weight"))) for own in filter(is_quantized, weights)}
     reference = build_dit(weights | rounded, heads=3)
-    model.gradient_checkpointing = checkpointing
+    save_memory(model, checkpointing)
     given = random_inputs(reference, batch=2)
     loss, gradients = trained_gradients(model, given)
     expected_loss, expected = trained_gradients(reference, given)

@@ -26,7 +26,7 @@ class Int8Linear(QuantizedLinear):
 
     @staticmethod
     def decode(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return (weight * scale).to(dtype)
+        return weight.to(dtype).mul_(scale)
 
 
 class NF4Linear(QuantizedLinear):
