@@ -148,15 +148,20 @@ def _assemble(
         if make := linears(number):
             replace_linears(block, make)
     in_main_memory = tuple(f"blocks.{number}." for number in swapped)
+    on_disk = in_main_memory if disk else ()
+    # At once, before anything is computed: what is freed between two tensors of a model mostly fits neither of them.
+    for name in tensors:
+        if not name.startswith(on_disk):
+            _allocate(model, name, dtype, "cpu" if name.startswith(in_main_memory) else device)
     hidden = None if logger.isEnabledFor(logging.INFO) else True  # by processes that leave the log to the first one
     total = len(list(tensors))
     with tqdm(total=total, desc="loading the DiT", unit=" tensors", leave=False, disable=hidden) as progress:
         for name, tensor in tensors.each(mapped):
-            swapped_out = name.startswith(in_main_memory)
-            home = "cpu" if swapped_out else device
             delta = _delta(name, tensor, deltas, tensors.where)
-            _place(model, name, tensor, tensors.scale(name), delta, dtype, device, home)
-            if swapped_out and disk is not None:
+            if name.startswith(on_disk):
+                _allocate(model, name, dtype, "cpu")
+            _place(model, name, tensor, tensors.scale(name), delta, device)
+            if name.startswith(on_disk):
                 _leave_on_disk(model, name, disk, (tensor.dtype, tensors.place(name)) if delta is None else None)
             progress.update()
     if disk is not None:
@@ -183,22 +188,15 @@ def _place(
     tensor: Tensor,
     scale: Tensor | None,
     delta: Tensor | None,
-    dtype: torch.dtype,
     device: torch.device | str,
-    home: torch.device | str,
 ) -> None:
-    """Fill a tensor of the model, which had no data yet, with tensor * scale + delta, computed on the device.
+    """Fill a tensor of the model with tensor * scale + delta, computed on the device.
 
     On a CPU slice by slice: memory that is taken anew for each step of a whole tensor costs more time than the steps.
     """
-    owner, _, own_name = name.rpartition(".")
-    layer = model.get_submodule(owner)
-    encoded = isinstance(layer, QuantizedLinear) and own_name == "weight"
+    layer, names = _holding(model, name)
+    places, encoded = [getattr(layer, own_name) for own_name in names], len(names) > 1
     kept = encoded and tensor.dtype == layer.weight.dtype == FLOAT8 and delta is None
-    if encoded:
-        places = [_allocated(layer, "weight", None, home), _allocated(layer, "scale_weight", None, home)]
-    else:
-        places = [_allocated(layer, own_name, dtype, home)]
     if encoded or scale is not None or delta is not None:
         tensor, scale, delta = (None if x is None else x.to(device) for x in (tensor, scale, delta))
     count = len(tensor)
@@ -226,24 +224,35 @@ def _leave_on_disk(
 
     found: its dtype and place in the file, where nothing has been added to it.
     """
-    owner, _, own_name = name.rpartition(".")
-    layer = model.get_submodule(owner)
-    names = (own_name, "scale_weight") if isinstance(layer, QuantizedLinear) and own_name == "weight" else (own_name,)
-    for part in names:
-        held = getattr(layer, part)
+    layer, names = _holding(model, name)
+    for own_name in names:
+        held, full_name = getattr(layer, own_name), f"{name.rpartition('.')[0]}.{own_name}"
         if held is None:
             continue
         # What is still the very tensor of the file need not be written once more.
-        as_found = found is not None and part == own_name and held.dtype == found[0]
-        disk.keep(f"{owner}.{part}", held, found[1] if as_found else None)
-        _allocated(layer, part, None, "meta")
+        as_found = found is not None and full_name == name and held.dtype == found[0]
+        disk.keep(full_name, held, found[1] if as_found else None)
+        _renew(layer, own_name, held.dtype, "meta")
 
 
-def _allocated(layer: nn.Module, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor | None:
-    """Return a parameter or buffer of a layer, given memory on the device; dtype: None for the one that it has."""
-    empty = getattr(layer, name)
-    if empty is None:
-        return None
-    tensor = torch.empty_like(empty, dtype=dtype or empty.dtype, device=device)
-    setattr(layer, name, nn.Parameter(tensor, requires_grad=False) if isinstance(empty, nn.Parameter) else tensor)
-    return tensor
+def _holding(model: WanModel, name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the layer that holds a tensor of the file, and the names there of what it is held as."""
+    owner, _, own_name = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    encoded = isinstance(layer, QuantizedLinear) and own_name == "weight"
+    return layer, ("weight", "scale_weight") if encoded else (own_name,)
+
+
+def _allocate(model: WanModel, name: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give memory to what holds a tensor of the file; dtype: of all but weights that are held in fewer bits."""
+    layer, names = _holding(model, name)
+    for own_name in names:
+        if (empty := getattr(layer, own_name)) is not None:
+            _renew(layer, own_name, empty.dtype if len(names) > 1 else dtype, device)
+
+
+def _renew(layer: nn.Module, name: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Make a parameter or buffer an empty one of the same shape."""
+    old = getattr(layer, name)
+    tensor = torch.empty_like(old, dtype=dtype, device=device)
+    setattr(layer, name, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
