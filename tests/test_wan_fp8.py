@@ -26,6 +26,7 @@ from wan.fp8 import (
     takes_row_scales,
 )
 from wan.loading import build_dit, load_dit
+from wan.model import WanModel
 
 
 @pytest.fixture
@@ -122,6 +123,16 @@ def test_the_velocity_is_that_of_a_model_with_the_rounded_weights(loaded, scaled
     assert 1e-3 < distance(velocity, build_dit(weights, heads=3)(**given)) < 0.2
 
 
+def assert_same_gradients(model: WanModel, reference: WanModel) -> None:
+    """Hold that branches on a model's linear layers get the gradients that they get on those of the reference."""
+    given = random_inputs(reference, batch=2)
+    loss, gradients = trained_gradients(model, given)
+    expected_loss, expected = trained_gradients(reference, given)
+    assert torch.equal(loss, expected_loss)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert distance(gradient, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_branches_on_float8_layers_get_the_gradients_they_get_on_the_rounded_weights(loaded, scaled, checkpointing):
@@ -132,12 +143,7 @@ def test_branches_on_float8_layers_get_the_gradients_they_get_on_the_rounded_wei
         rounded[name] = dequantize_weight(*pair, torch.float32)
     model, reference = loaded(weights, fp8_scaled=scaled), build_dit(rounded, heads=3)
     save_memory(model, checkpointing)
-    given = random_inputs(reference, batch=2)
-    loss, gradients = trained_gradients(model, given)
-    expected_loss, expected = trained_gradients(reference, given)
-    assert torch.equal(loss, expected_loss)
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        assert distance(gradient, wanted) < 1e-5
+    assert_same_gradients(model, reference)
 
 
 def test_the_backward_pass_keeps_no_copy_of_a_weight_in_another_dtype():

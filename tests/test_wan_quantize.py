@@ -8,7 +8,8 @@ from torch import nn
 
 from networks.lora import linear_layers
 from tests import tiny
-from tests.test_wan_model import distance, random_inputs, trained_gradients
+from tests.test_wan_fp8 import assert_same_gradients
+from tests.test_wan_model import distance, random_inputs
 from utils.errors import UserError
 from wan.checkpointing import save_memory
 from wan.configs import TASKS
@@ -68,12 +69,7 @@ def test_branches_get_the_gradients_they_get_on_the_rounded_weights(loaded, name
     rounded = {own: decoded(model.get_submodule(own.removesuffix(".weight"))) for own in filter(is_quantized, weights)}
     reference = build_dit(weights | rounded, heads=3)
     save_memory(model, checkpointing)
-    given = random_inputs(reference, batch=2)
-    loss, gradients = trained_gradients(model, given)
-    expected_loss, expected = trained_gradients(reference, given)
-    assert torch.equal(loss, expected_loss)
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        assert distance(gradient, wanted) < 1e-5
+    assert_same_gradients(model, reference)
 
 
 @pytest.mark.parametrize("name, bits", [("int8", 8.5), ("nf4", 4.6)])
