@@ -32,6 +32,8 @@ class Files:
     video_size: tuple[int, int] = option((256, 256), "size", metavar=("HEIGHT", "WIDTH"))
     lora_weight: tuple[Path, ...] = option((), "LoRA files")
     solver: str = option("unipc", "solver", choices=("unipc", "dpm++"))
+    pinned: bool = option(True, "page-lock")
+    no_metadata: bool = option(False, "write none")
 
 
 def parse(text: str) -> tuple[Loop, Files]:
@@ -48,6 +50,17 @@ def test_values_come_typed_and_prefixes_and_equal_signs_work():
     loop, files = parse("--dit=w --learning 1e-4 --grad --video_size 480 832 --lora_weight x y --max_train_steps=3")
     assert loop == Loop(learning_rate=1e-4, gradient_checkpointing=True, max_train_steps=3)
     assert files == Files(Path("w"), (480, 832), (Path("x"), Path("y")))
+
+
+def test_a_switch_that_is_on_can_be_turned_off():
+    for words, pinned, no_metadata in (
+        ("", True, False),
+        ("--pinned", True, False),
+        ("--no_pin", False, False),
+        ("--no_pinned --no_m", False, True),
+    ):
+        files = parse(f"--dit a {words}")[1]
+        assert (files.pinned, files.no_metadata) == (pinned, no_metadata)
 
 
 def test_a_blank_after_the_dashes_is_forgiven():

@@ -88,7 +88,9 @@ def make_parser(doc: str | None, *groups: type) -> argparse.ArgumentParser:
     for group in (*groups, ConfigFileOptions):
         heading = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
         for field in dataclasses.fields(group):
-            heading.add_argument(f"--{field.name}", **_argument(group, field))
+            # What is on by default has a name that turns it off.
+            names = [f"--{field.name}", f"--no_{field.name}"][: 2 if field.default is True else 1]
+            heading.add_argument(*names, **_argument(group, field))
     return parser
 
 
@@ -128,7 +130,7 @@ def _argument(group: type, field: dataclasses.Field) -> dict[str, Any]:
     shown = "" if empty else f" (default: {_shown(field.default)})"
     keywords: dict[str, Any] = {"help": (details["help"] + shown).replace("%", "%%")}
     if scalar is bool:
-        return {**keywords, "action": "store_true"}
+        return {**keywords, "action": _Switch, "nargs": 0}
     keywords["type"] = _named(details["parse"] or (_path if scalar is Path else scalar), scalar)
     if details["choices"]:
         keywords["choices"] = details["choices"]
@@ -141,6 +143,11 @@ def _argument(group: type, field: dataclasses.Field) -> dict[str, Any]:
 
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+class _Switch(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == f"--{self.dest}")
 
 
 class _StoreTuple(argparse.Action):
