@@ -191,6 +191,8 @@ def test_rows_are_rounded_as_well_as_their_own_size_allows(product, dtype):
 @pytest.mark.parametrize("row_scales", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_product_of_float8_matrices_is_that_of_the_rounded_numbers(product, row_scales, biased):
+    if row_scales and not takes_row_scales(torch.device("cpu")):
+        pytest.skip(f"torch {torch.__version__} takes no scales of rows on a CPU")
     x, weight, bias = product
     (rounded, x_scale), (held, scale) = round_rows(x), quantize_weight(weight, torch.float32, block=None)
     out = product_of_float8(rounded, x_scale, held, scale, bias if biased else None, row_scales)
@@ -254,7 +256,7 @@ def test_the_product_on_a_gpu_is_that_on_the_cpu(product):
     if row_scales is None:
         pytest.skip("no float8 on this GPU")
     arguments = (*round_rows(x), *quantize_weight(weight, torch.float32, block=None), bias)
-    expected = product_of_float8(*arguments, row_scales)
+    expected = product_of_float8(*arguments, row_scales=False)
     for scales in {row_scales, False}:
         out = product_of_float8(*(tensor.cuda() for tensor in arguments), scales)
         assert distance(out.cpu(), expected) < 0.01
