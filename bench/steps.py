@@ -12,7 +12,8 @@ from networks.lora import LoRANetwork
 from networks.lora_wan import create_network
 from wan.block_swap import Ring, stream_blocks, streamed_blocks
 from wan.configs import WanConfig
-from wan.fp8 import FLOAT8, is_quantized, use_float8_linears
+from wan.fp8 import FLOAT8, replace_linears
+from wan.loading import block_linears
 from wan.model import WanModel, WanShape
 from wan.streaming import Device
 from wan.vae import VaeShape, WanVAE
@@ -32,6 +33,7 @@ class Work:
     frames: int
     dtype: torch.dtype = torch.bfloat16
     fp8: bool = False
+    fp8_fast: bool = False
     swapped: int = 0  # blocks in main memory
 
     @property
@@ -69,20 +71,25 @@ def random_dit(
     fp8: bool = False,
     elsewhere: Collection[int] = (),
     move: Callable[[Tensor], Tensor] = Tensor.cpu,
+    fp8_fast: bool = False,
 ) -> WanModel:
-    """Return a frozen DiT with weights drawn on the device, one after the other.
+    """Return a frozen DiT with weights drawn on the device, one after the other; scales are 1.
 
     elsewhere: numbers of the blocks whose weights do not stay there; move: where they go.
     """
     with torch.device("meta"):
         model = WanModel(shape).requires_grad_(False)
-    if fp8:
-        use_float8_linears(model.blocks, scaled=False)
+    linears = block_linears(shape, dtype, device, fp8 or fp8_fast, fast=fp8_fast)
+    for number, block in enumerate(model.blocks):
+        if make := linears(number):
+            replace_linears(block, make)
     moved = {f"blocks.{number}" for number in elsewhere}
     weights = {}
     for name, like in model.state_dict().items():
-        weight = random_weight(like.shape, device, dtype)
-        weight = weight.to(FLOAT8) if fp8 and is_quantized(name) else weight
+        if name.endswith(".scale_weight"):
+            weight = torch.ones(like.shape, device=device)
+        else:
+            weight = random_weight(like.shape, device, dtype).to(like.dtype if like.dtype == FLOAT8 else dtype)
         weights[name] = move(weight) if ".".join(name.split(".")[:2]) in moved else weight
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()

@@ -69,7 +69,7 @@ def load_dit(
         tensors = DitTensors(file, f"{option} {path}")
         shape = checked_shape(tensors, config)
         check_formats(tensors, fp8, fp8_scaled, fp8_fast, quantize)
-        linears = _linears(shape, dtype, device, fp8, fp8_scaled or tensors.has_scales, fp8_fast, quantize)
+        linears = block_linears(shape, dtype, device, fp8, fp8_scaled or tensors.has_scales, fp8_fast, quantize)
         if asked.auto:
             swap = choose_swap(asked, shape, dtype, streaming, steps, linears(0))
         swapped = streamed_blocks(shape.blocks, swap.blocks_to_swap)
@@ -100,14 +100,14 @@ def build_dit(
     return _assemble(tensors, shape, dtype, "cpu", {})
 
 
-def _linears(
+def block_linears(
     shape: WanShape,
     dtype: torch.dtype,
     device: torch.device | str,
     fp8: bool,
-    scaled: bool,
-    fast: bool,
-    quantize: str | None,
+    scaled: bool = False,
+    fast: bool = False,
+    quantize: str | None = None,
 ) -> Callable[[int], Callable[..., QuantizedLinear] | None]:
     """Return what makes the linear layers of the block of a number, None where they hold weights in `dtype`."""
     if quantize:
@@ -135,7 +135,7 @@ def _assemble(
 ) -> WanModel:
     """Return the model with its tensors read one by one, each changed, cast and placed before the next.
 
-    linears: see _linears(). swapped: numbers of the blocks whose tensors are left in main memory, or on the disk. They
+    linears: see block_linears(). swapped: numbers of the blocks whose tensors stay in main memory, or on the disk. They
     are changed and quantised on the device all the same, for the same bits.
     """
     if unknown := [name for name in deltas if name not in tensors]:
