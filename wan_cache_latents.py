@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from dataset.config import DatasetOptions, load_config
-from modules.caching import (
+from modules.caching import CachingOptions
+from modules.latent_caching import (
     I2V,
     I2V_WITHOUT_CLIP,
     ONE_FRAME,
     ONE_FRAME_WITHOUT_CLIP,
     T2V,
-    CachingOptions,
     cache_latents,
     load_latent_encoders,
 )

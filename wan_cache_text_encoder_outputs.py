@@ -8,7 +8,8 @@ What the dataset file may say is in docs/dataset_config.md.
 import functools
 
 from dataset.config import DatasetOptions, load_config
-from modules.caching import CachingOptions, cache_texts, load_text_encoder
+from modules.caching import CachingOptions
+from modules.text_caching import cache_texts, load_text_encoder
 from utils.devices import default_device
 from utils.errors import run_script
 from utils.files import require_file

@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.media import MediaError, decoded_frames, load_image, resize_to_bucket
-from modules.caching import as_pixels, load_text_encoder
 from modules.guidance import CFG_SKIP_MODES, SLG_MODES, Scale, guidance_pattern, guided, predictions, scale_at
+from modules.latent_caching import as_pixels
 from modules.outputs import LATENT_CHANNELS, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.solvers import SOLVERS, Step, Velocity, sample
+from modules.text_caching import load_text_encoder
 from networks.formats import weight_deltas
 from utils.devices import compute_dtype, parse_dtype, release_memory
 from utils.errors import UserError

@@ -17,7 +17,9 @@ from dataset.buckets import choose_bucket
 from dataset.config import load_config
 from dataset.media import at_16_fps, resize_to_bucket  # noqa: F401
 from dataset.media import frame_windows as windows_of
-from modules import caching, flow_matching, generation, guidance, prompts, solvers
+from modules import flow_matching, generation, guidance, latent_caching, prompts, solvers
+from modules.caching import CachingOptions
+from modules.text_caching import cache_texts
 from networks import formats, lora_wan
 from utils.safetensors_io import save_file_atomically
 from wan import clip, fp8, loading, t5, tokenizer, vae
@@ -140,13 +142,13 @@ def resample_frames(source_fps, video_frames, start, end):
 
 def write_caches(toml_path, vae, t5, tokenizer_dir, clip=None, i2v=False, one_frame=False):
     configs = load_config(toml_path)
-    encoders = caching.LatentEncoders(vae, clip and ImageEncoder(clip))
-    names = caching.ONE_FRAME if one_frame else caching.I2V if i2v else caching.T2V
-    options = caching.CachingOptions(num_workers=1)
-    caching.cache_latents(configs, lambda: encoders, torch.float32, options, names)
+    encoders = latent_caching.LatentEncoders(vae, clip and ImageEncoder(clip))
+    names = latent_caching.ONE_FRAME if one_frame else latent_caching.I2V if i2v else latent_caching.T2V
+    options = CachingOptions(num_workers=1)
+    latent_caching.cache_latents(configs, lambda: encoders, torch.float32, options, names)
     if t5 is not None:
         encoder = TextEncoder(t5, tokenizer.load_tokenizer(tokenizer_dir))
-        caching.cache_texts(configs, lambda: encoder, options, torch.float32)
+        cache_texts(configs, lambda: encoder, options, torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------- LoRA files

@@ -12,18 +12,9 @@ from safetensors.torch import load_file
 from dataset.cache import read_header, write_latents
 from dataset.config import DatasetConfig, load_config
 from dataset.media import plan_items
-from modules.caching import (
-    I2V,
-    ONE_FRAME,
-    T2V,
-    CachingOptions,
-    CachingResult,
-    LatentEncoders,
-    ahead,
-    as_pixels,
-    cache_latents,
-    cache_texts,
-)
+from modules.caching import CachingOptions, CachingResult, ahead
+from modules.latent_caching import I2V, ONE_FRAME, T2V, LatentEncoders, as_pixels, cache_latents
+from modules.text_caching import cache_texts
 from tests.media import write_jsonl, write_pictures, write_toml, write_video
 from utils.errors import UserError
 from wan.clip import ImageEncoder, build_clip
@@ -135,7 +126,7 @@ def test_skip_existing_reads_no_media_and_loads_no_encoder(tmp_path: Path, encod
     cache_texts(configs, lambda: text_encoder, QUIET)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "cache").iterdir()}
     skipping = CachingOptions(device="cpu", num_workers=2, skip_existing=True)
-    monkeypatch.setattr("modules.caching.read_clips", lambda *_: not_loaded())
+    monkeypatch.setattr("modules.latent_caching.read_clips", lambda *_: not_loaded())
     latents = cache_latents(configs, not_loaded, torch.bfloat16, skipping)
     texts = cache_texts(configs, not_loaded, skipping)
     assert len(latents.kept) == len(texts.kept) == 2 and not latents.written and not texts.written
@@ -171,7 +162,7 @@ def test_a_run_that_was_stopped_leaves_complete_caches_and_the_next_one_goes_on(
         return written[-1]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("modules.caching.write_latents", write_two)
+        patch.setattr("modules.latent_caching.write_latents", write_two)
         cache_latents(configs, lambda: encoders, torch.float32, QUIET)
     assert cache_names(tmp_path) == ["a_0064x0064_wan.safetensors", "b_0064x0064_wan.safetensors"]
     skipping = CachingOptions(device="cpu", num_workers=1, skip_existing=True)
@@ -207,7 +198,7 @@ def test_a_cache_that_a_hasty_plan_does_not_know_is_not_deleted(tmp_path: Path, 
     configs = load_config(write_toml(tmp_path / "data.toml", GENERAL, chunks))
     cache_latents(configs, lambda: encoders, torch.float32, QUIET)
     names = cache_names(tmp_path)
-    monkeypatch.setattr("modules.caching.plan_items", lambda *given: plan_items(*given)[:1])
+    monkeypatch.setattr("modules.latent_caching.plan_items", lambda *given: plan_items(*given)[:1])
     skipping = CachingOptions(device="cpu", skip_existing=True)
     result = cache_latents(configs, not_loaded, torch.float32, skipping)
     assert len(result.kept) == 2 and cache_names(tmp_path) == names and not result.deleted

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from modules import generation
-from modules.caching import load_latent_encoders
 from modules.generation import (
     Condition,
     LoraOptions,
@@ -29,6 +28,7 @@ from modules.generation import (
     skipped_blocks,
 )
 from modules.generation_plan import decode_files
+from modules.latent_caching import load_latent_encoders
 from modules.outputs import Files, OutputOptions, Result, load_latent, save_latent
 from modules.prompts import Request
 from modules.solvers import Step
