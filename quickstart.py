@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +43,8 @@ def main() -> None:
         set_up(".[dev]")
         several = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # processes, for all tests
         run([PYTHON, "-m", "pytest", *([*given.pytest_arguments, *more] or several)])
+        if not (given.pytest_arguments or more) and shutil.which("nvidia-smi"):
+            run([PYTHON, "-m", "pytest", "-m", "gpu"])  # the other tests do not see the GPU
     else:
         set_up(".")
         demo()

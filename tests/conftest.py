@@ -21,14 +21,21 @@ def pytest_configure(config: pytest.Config) -> None:
     # Oversubscribed cores are slower than one thread, and every child process inherits this.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if not needs_gpu(config):
+        # What is exact on a CPU is rounded otherwise on a GPU, and scripts take the GPU where they see one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
+def needs_gpu(config: pytest.Config) -> bool:
+    return config.getoption("markexpr") == "gpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (needs_gpu(config) and torch.cuda.is_available()):
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
 
 
 @pytest.fixture(scope="session")
