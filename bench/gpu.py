@@ -54,6 +54,7 @@ from wan.vae import VaeShape
 
 GIB = 1 << 30
 REPEATS, ENOUGH = 3, 8.0  # measurements at most; seconds of them after which there are no more
+LONG = 20.0  # seconds of a round that need no warming up: what a first one takes longer is under 2 s
 BEHIND = 1.3  # what a row may take beyond its estimate
 
 
@@ -137,10 +138,10 @@ class Lab:
     def seconds(self, *runs: Callable[[], Tensor], flops: float = 0) -> list[float]:
         """Return the median time of each run, in turn. flops: operations of the first.
 
-        The first round warms up. It counts only where it takes so long that this is not seen in it.
+        The first round warms up. It counts only where it takes so long that this is hardly seen in it.
         """
         rounds = [[self.once(run) for run in runs]]
-        if sum(rounds[0]) < ENOUGH:
+        if sum(rounds[0]) < LONG:
             until = min(self.deadline, time.monotonic() + ENOUGH)
             rounds.clear()
             while not rounds or (len(rounds) < REPEATS and time.monotonic() < until):
