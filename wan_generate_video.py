@@ -7,7 +7,8 @@ For image to video add --task i2v-14B --clip PATH --image_path PATH. docs/wan.md
 On several GPUs: torchrun --nproc_per_node 2 wan_generate_video.py ...
 """
 
-from modules.generation import GenerationCompileOptions, LoraOptions, Models, RunOptions, SamplingOptions, generate
+from modules.generation import generate
+from modules.generation_options import GenerationCompileOptions, LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import check_generation, decode_files, plan_results
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests

@@ -13,8 +13,6 @@ import toml
 import torch
 
 from modules.generation import (
-    Models,
-    SamplingOptions,
     decode_all,
     decoded_frame_count,
     is_guided,
@@ -23,6 +21,7 @@ from modules.generation import (
     read_control,
     skipped_blocks,
 )
+from modules.generation_options import Models, SamplingOptions
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import PATCH_PIXELS, Request
 from modules.solvers import sigma_schedule

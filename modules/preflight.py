@@ -11,7 +11,8 @@ from dataset.config import load_config
 from dataset.loader import CachedDataset, CachedItem
 from modules.checkpoints import check_saving
 from modules.flow_matching import check_timesteps
-from modules.generation import RunOptions, SamplingOptions, step_of
+from modules.generation import step_of
+from modules.generation_options import RunOptions, SamplingOptions
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
 from modules.train_options import AttentionOptions, PrecisionOptions, TrainingOptions, TrainOptions

@@ -14,10 +14,6 @@ from torch import nn
 
 from modules.generation import (
     Condition,
-    LoraOptions,
-    Models,
-    RunOptions,
-    SamplingOptions,
     Texts,
     decode_all,
     denoise_all,
@@ -25,6 +21,7 @@ from modules.generation import (
     encode_pictures,
     encode_prompts,
 )
+from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import check_generation, describe_request
 from modules.outputs import Files, OutputOptions, Result
 from modules.prompts import LETTERS, PATCH_PIXELS, PromptOptions, Request, make_request, parse_training_prompt

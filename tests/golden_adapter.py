@@ -19,6 +19,7 @@ from dataset.media import at_16_fps, resize_to_bucket  # noqa: F401
 from dataset.media import frame_windows as windows_of
 from modules import flow_matching, generation, guidance, latent_caching, prompts, solvers
 from modules.caching import CachingOptions
+from modules.generation_options import SamplingOptions
 from modules.text_caching import cache_texts
 from networks import formats, lora_wan
 from utils.safetensors_io import save_file_atomically
@@ -119,7 +120,7 @@ def guidance_pattern(steps, cfg_skip_mode, cfg_apply_ratio, slg_mode, slg_start,
 
 def sample(model, noise, cond, null, solver, steps, shift, guidance, slg_layers=None, **options):
     layers = None if slg_layers is None else ",".join(map(str, slg_layers))
-    sampling = generation.SamplingOptions(sample_solver=solver, slg_layers=layers, **options)
+    sampling = SamplingOptions(sample_solver=solver, slg_layers=layers, **options)
     texts = generation.Texts(cond["context"][0], null["context"][0])
     y = cond["y"][0] if "y" in cond else None
     condition = generation.Condition(y, cond.get("clip_fea"))

@@ -8,13 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modules import generation
+from modules import generation, generation_options
 from modules.generation import (
     Condition,
-    LoraOptions,
-    Models,
-    RunOptions,
-    SamplingOptions,
     Texts,
     as_frames,
     denoise,
@@ -27,6 +23,7 @@ from modules.generation import (
     output_size,
     skipped_blocks,
 )
+from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import decode_files
 from modules.latent_caching import load_latent_encoders
 from modules.outputs import Files, OutputOptions, Result, load_latent, save_latent
@@ -213,8 +210,8 @@ def test_the_vae_runs_as_its_options_say_in_caching_and_in_generation(models):
 def test_only_one_large_model_is_in_memory_at_a_time(models, monkeypatch, tmp_path):
     alive, seen = [], []
 
-    def watched(name):
-        load = getattr(generation, name)
+    def watched(module, name):
+        load = getattr(module, name)
 
         def loading(*arguments, **more):
             gc.collect()
@@ -223,10 +220,12 @@ def test_only_one_large_model_is_in_memory_at_a_time(models, monkeypatch, tmp_pa
             alive.append((name, weakref.ref(model)))
             return model
 
-        monkeypatch.setattr(generation, name, loading)
+        monkeypatch.setattr(module, name, loading)
 
-    for name in ("load_text_encoder", "load_clip", "load_vae", "load_dit"):
-        watched(name)
+    for name in ("load_text_encoder", "load_clip"):
+        watched(generation, name)
+    for name in ("load_vae", "load_dit"):
+        watched(generation_options, name)
     asked = request(32, 32, image=picture_of(tmp_path, 32, 32))
     result = Result(Files(images=tmp_path / "out.png"), 5)
     generate([asked], tiny(models, "i2v-14B", "dit_i2v", models["clip"]), SamplingOptions(), [result], 16)

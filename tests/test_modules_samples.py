@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from modules.generation import LoraOptions, Models, RunOptions, SamplingOptions, generate
+from modules.generation import generate
+from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.outputs import Files, Result
 from modules.samples import SampleOptions, SamplePlan, Sampler, read_samples

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from modules.generation import GenerationCompileOptions
+from modules.generation_options import GenerationCompileOptions
 from modules.train_options import TrainingCompileOptions
 from networks.lora import LoRABranch, LoRANetwork, targets_in
 from tests.test_wan_block_swap import Late, swapped_blocks

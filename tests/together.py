@@ -15,17 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.generation import (
-    Condition,
-    LoraOptions,
-    Models,
-    RunOptions,
-    SamplingOptions,
-    denoise_all,
-    encode_conditions,
-    encode_pictures,
-    encode_prompts,
-)
+from modules.generation import Condition, denoise_all, encode_conditions, encode_pictures, encode_prompts
+from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.outputs import Files, Result
 from modules.prompts import Request
 from utils.errors import run_script
