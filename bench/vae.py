@@ -1,5 +1,7 @@
 """Compare the VAE's encoding and decoding with diffusers' on the same weights.
 
+diffusers runs the layers one by one over chunks of frames, as other trainers do: there is no twin beside it.
+
 python -m bench.vae
 python -m bench.vae --device cuda --dtype bf16
 """
