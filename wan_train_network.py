@@ -12,8 +12,9 @@ Run wan_cache_latents.py and wan_cache_text_encoder_outputs.py with the same dat
 from dataclasses import fields
 
 from modules.lora_training import NetworkOptions, TrainedLora
+from modules.run_logs import LoggingOptions
 from modules.train_options import TrainOptions
-from modules.trainer import LoggingOptions, make_trainer
+from modules.trainer import make_trainer
 from utils.errors import run_script
 from utils.options import parse_options
 

@@ -1,5 +1,6 @@
 """Training batches from cache files alone: neither media nor captions are needed."""
 
+import hashlib
 import logging
 import random
 import signal
@@ -128,6 +129,7 @@ class CachedDataset(Dataset):
         self.configs, self.seed, self.num_timestep_buckets = list(configs), seed, num_timestep_buckets
         self.items = [find_cached(config) for config in self.configs]
         self.epoch = 0
+        self.begun = 0  # batches of the epoch that are left out, having been trained on before a run went on
         self._planned: tuple[int, list[_PlannedBatch]] | None = None
         for config, items in zip(self.configs, self.items, strict=True):
             if not items:
@@ -146,6 +148,14 @@ class CachedDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that a sampler goes through next; 0 is the first."""
         self.epoch = epoch
+
+    def digest(self) -> str:
+        """Return a hash of what is in an epoch's batches and in which order."""
+        content = [
+            [config.batch_size, config.num_repeats, [(item.latents.name, item.shapes) for item in items]]
+            for config, items in zip(self.configs, self.items, strict=True)
+        ]
+        return hashlib.sha256(repr([self.seed, content]).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> "Batch | UserError":
         """Return a batch, or what is wrong with its files: raised in a worker process, it would come as a traceback."""
@@ -228,17 +238,17 @@ def load_batch(items: Sequence[CachedItem], timesteps: list[float] | None = None
 
 
 class _EpochSampler(Sampler[int]):
-    """The numbers of one epoch's batches."""
+    """The numbers of one epoch's batches, as many for each process: the first ones again where they do not divide."""
 
-    def __init__(self, dataset: CachedDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: CachedDataset, processes: int):
+        self.dataset, self.processes = dataset, processes
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return -(-len(self.dataset) // self.processes) * self.processes
 
     def __iter__(self) -> Iterator[int]:
-        start = self.dataset.epoch * len(self.dataset)
-        return iter(range(start, start + len(self.dataset)))
+        start, count = self.dataset.epoch * len(self.dataset), len(self.dataset)
+        return (start + number % count for number in range(self.dataset.begun, len(self)))
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
@@ -249,8 +259,12 @@ def _only(batches: list[Batch]) -> Batch:
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ignore Ctrl-C, which a terminal sends to every process: torch reports a worker that dies with a traceback."""
+    """Ignore Ctrl-C, which a terminal sends to every process: torch reports a worker that dies with a traceback.
+
+    SIGTERM is how torch ends a worker, whatever the main process does about it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def batches_of(loader: Iterable[Batch | UserError]) -> Iterator[Batch]:
@@ -261,7 +275,9 @@ def batches_of(loader: Iterable[Batch | UserError]) -> Iterator[Batch]:
         yield batch
 
 
-def make_loader(dataset: CachedDataset, workers: int = 0, persistent_workers: bool = False) -> DataLoader:
+def make_loader(
+    dataset: CachedDataset, workers: int = 0, persistent_workers: bool = False, processes: int = 1
+) -> DataLoader:
     """Return a loader of the batches of the epoch chosen by `dataset.set_epoch`, to be read through `batches_of`.
 
     What a loader yields does not depend on the number of workers. Each element counts as a batch of one, which
@@ -270,7 +286,7 @@ def make_loader(dataset: CachedDataset, workers: int = 0, persistent_workers: bo
     return DataLoader(
         dataset,
         batch_size=1,
-        sampler=_EpochSampler(dataset),
+        sampler=_EpochSampler(dataset, processes),
         collate_fn=_only,
         num_workers=workers,
         worker_init_fn=_leave_interrupts_to_the_main_process,

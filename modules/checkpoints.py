@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -57,8 +58,13 @@ class MetadataOptions:
     metadata_arch: str | None = option(None, "architecture (default: wan2.1, or wan2.2 for the A14B tasks)")
 
 
-def check_saving(saving: SavingOptions, metadata: MetadataOptions, dit: Path | None = None) -> None:
-    """Raise UserError when the result could not be saved, or in place of the DiT; warn about files to be replaced."""
+def check_saving(
+    saving: SavingOptions, metadata: MetadataOptions, dit: Path | None = None, resumed: bool = False
+) -> None:
+    """Raise UserError when the result could not be saved, or in place of the DiT; warn about files to be replaced.
+
+    resumed: the files that are there may be those of this very run.
+    """
     if saving.output_dir is None:
         raise UserError("--output_dir is missing", "name the folder for the trained files: --output_dir PATH")
     if not saving.output_name:
@@ -77,10 +83,10 @@ def check_saving(saving: SavingOptions, metadata: MetadataOptions, dit: Path | N
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {saving.output_dir}: cannot be written to ({error.strerror})") from None
-    own = [path.name for path in saving.output_dir.glob("*.safetensors") if _is_of(saving.output_name, path.stem)]
+    own = [path.name for path in saving.output_dir.iterdir() if _is_of(saving.output_name, path)]
     if dit is not None and dit.name in own and dit.parent.resolve() == saving.output_dir.resolve():
         raise UserError(f"--output_name {saving.output_name}: {dit} could be replaced", "choose another name or folder")
-    if own:
+    if own and not resumed:
         logger.warning(
             "%s holds files of this name already (%s); those of equal names are going to be replaced",
             saving.output_dir,
@@ -88,10 +94,10 @@ def check_saving(saving: SavingOptions, metadata: MetadataOptions, dit: Path | N
         )
 
 
-def _is_of(name: str, stem: str) -> bool:
-    """Tell whether a file's stem is one that a run called `name` writes."""
-    rest = stem.removeprefix(name)
-    return stem.startswith(name) and (not rest or rest.removeprefix("-step").removeprefix("-").isdecimal())
+def _is_of(name: str, path: Path) -> bool:
+    """Tell whether a file, or a state, has a name that a run called `name` writes."""
+    ending = path.name.removeprefix(name)
+    return path.name.startswith(name) and bool(re.fullmatch(r"(-\d+|-step\d+|)(-state|\.safetensors)", ending))
 
 
 @dataclass
@@ -103,13 +109,13 @@ class Checkpoints:
     no_metadata: bool = False
     dtype: torch.dtype = torch.float32  # of the tensors, where the options ask for no other
     hashed: bool = True  # with hashes of the tensors, for which all of them are copied in memory
-    _written: set[Path] = field(default_factory=set)  # only what this run wrote is ever deleted
+    written: set[str] = field(default_factory=set)  # names; only what this run wrote is ever deleted
 
     def save_step(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
         """Save after an optimizer step; epoch: how many are complete."""
         every, last = self.options.save_every_n_steps, self.options.save_last_n_steps
         self._save(tensors, f"-step{step:08d}", step, epoch)
-        if last is not None:
+        if every and last is not None:
             outdated = (step - last - 1) // every * every
             self._delete(f"-step{outdated:08d}")
 
@@ -137,15 +143,15 @@ class Checkpoints:
         if self.no_metadata:
             metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_") or key in _MINIMUM}
         save_file_atomically(stored, path, with_hashes(stored, metadata) if self.hashed else metadata)
-        self._written.add(path)
+        self.written.add(path.name)
         logger.info("saved %s", path)
         return path
 
     def _delete(self, ending: str) -> None:
         path = self._path(ending)
-        if path in self._written:
+        if path.name in self.written:
             path.unlink(missing_ok=True)
-            self._written.remove(path)
+            self.written.remove(path.name)
             logger.info("deleted %s", path)
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from modules.precision import trained_precision
 from modules.train_options import TrainOptions
-from modules.trained import Trained
+from modules.trained import Trained, restore_module
 from utils.devices import FLOAT8
 from utils.errors import UserError
 from utils.options import option
@@ -104,6 +104,13 @@ class TrainedDit(Trained):
 
     def tensors(self) -> dict[str, Tensor]:
         return self.dit.state_dict()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.dit.state_dict()  # settles what is on its way
+        restore_module(self.dit, tensors)
+
+    def generators(self) -> dict[str, torch.Generator]:
+        return {"rounding": self.generator}
 
     def file_dtype(self) -> torch.dtype:
         return self._file_dtype

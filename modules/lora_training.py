@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from modules.precision import frozen_precision
 from modules.train_options import TrainOptions
-from modules.trained import Trained
+from modules.trained import Trained, restore_module, shapes_of
 from networks.formats import deltas, read_lora
 from networks.lora import LoRANetwork
 from utils.errors import UserError
@@ -85,6 +86,12 @@ class TrainedLora(Trained):
 
     def tensors(self) -> dict[str, Tensor]:
         return self.network.state_dict()
+
+    def expected_shapes(self) -> dict[str, torch.Size]:
+        return shapes_of(self.network.state_dict())
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        restore_module(self.network, tensors)
 
     def file_dtype(self) -> torch.dtype:
         return torch.float32

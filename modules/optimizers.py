@@ -76,8 +76,8 @@ class OptimizerOptions:
 
 def check_optimizer(
     options: OptimizerOptions, device: torch.device, total_steps: int, shapes: Sequence[tuple[int, ...]] = ((64, 64),)
-) -> None:
-    """Raise UserError for an optimizer or schedule that cannot be built, or that fails to step on the device.
+) -> str:
+    """Return the optimizer's class by name; UserError for one, or a schedule, that cannot be built or fails to step.
 
     shapes: of the kinds of parameters that it has to take; below 64 * 64 numbers, 8-bit optimizers are not put to use.
     """
@@ -86,7 +86,7 @@ def check_optimizer(
     if not options.max_grad_norm >= 0:
         raise UserError(f"--max_grad_norm {options.max_grad_norm:g}: must not be negative", "0 switches clipping off")
     weights = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-    optimizer, _ = make_optimizer(options, [{"params": weights, "lr": options.learning_rate}])
+    optimizer, name = make_optimizer(options, [{"params": weights, "lr": options.learning_rate}])
     make_schedule(options, optimizer, total_steps)
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
@@ -97,6 +97,7 @@ def check_optimizer(
             f"--optimizer_type {options.optimizer_type}: cannot run on {device} ({_first_line(error)})",
             "use --optimizer_type AdamW",
         ) from error
+    return name.partition("(")[0]
 
 
 def make_optimizer(

@@ -15,6 +15,7 @@ from modules.generation import step_of
 from modules.generation_options import RunOptions, SamplingOptions
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
+from modules.states import State, check_fit, check_states, find_state, position
 from modules.train_options import AttentionOptions, PrecisionOptions, TrainingOptions, TrainOptions
 from modules.trained import Trained
 from utils.errors import UserError
@@ -45,6 +46,8 @@ class Plan:
     attn_mode: str
     compiling: CompileOptions
     samples: SamplePlan | None
+    state: State | None = None  # that the run goes on from
+    begun: int = 0  # batches of the next epoch that each process leaves out
 
     def steps(self) -> list[Step]:
         """Return what the steps of training compute, one for each size of batch, and those of samples."""
@@ -71,7 +74,13 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     check_compile(compiling, device)
     datasets = load_config(options.data.dataset_config)
     shape = check_dit(options.dit.dit, config)
-    check_saving(options.saving, options.metadata, options.dit.dit)
+    check_states(options.states)
+    state = find_state(options.states.resume, options.saving.output_dir, options.saving.output_name)
+    if state and state.progress.seed not in (None, seed):
+        if options.training.seed is not None:
+            logger.warning("--seed %d: the run goes on with its own, %d", seed, state.progress.seed)
+        seed = state.progress.seed
+    check_saving(options.saving, options.metadata, options.dit.dit, resumed=state is not None)
     if options.swap.auto and not trained.beside:
         raise UserError("--blocks_to_swap auto: is not available in fine-tuning", "leave it out or give a number")
     if options.swap.weights_on_disk and not trained.beside:
@@ -81,8 +90,15 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
     for items in data.items:
         check_caches(items, config, shape)
-    total_steps, epochs = run_length(options.training, math.ceil(len(data) / processes))
-    check_optimizer(options.optimizer, device, total_steps, trained.shapes)
+    batches = math.ceil(len(data) / processes)
+    total_steps, epochs = run_length(options.training, batches)
+    begun = 0
+    if state:
+        begun = position(state.progress, data, processes)
+        total_steps, epochs = rest_of_run(options.training, batches, state, begun)
+    optimizer = check_optimizer(options.optimizer, device, total_steps, trained.shapes)
+    if state:
+        check_fit(state, trained.expected_shapes(), optimizer)
     precision = options.precision
     run = RunOptions(
         fp8=precision.fp8_base, fp8_scaled=precision.fp8_scaled, quantize=precision.quantize, attn_mode=attn_mode
@@ -108,6 +124,8 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         attn_mode=attn_mode,
         compiling=compiling,
         samples=samples,
+        state=state,
+        begun=begun,
     )
 
 
@@ -122,6 +140,24 @@ def run_length(training: TrainingOptions, batches: int) -> tuple[int, int]:
     return training.max_train_steps, math.ceil(training.max_train_steps / rounds)
 
 
+def rest_of_run(training: TrainingOptions, batches: int, state: State, begun: int) -> tuple[int, int]:
+    """Return run_length() of a run that goes on; begun: batches of its next epoch that are behind it."""
+    rounds, progress = math.ceil(batches / training.gradient_accumulation_steps), state.progress
+    done = math.ceil(begun / training.gradient_accumulation_steps)
+    if training.max_train_epochs:
+        epochs = training.max_train_epochs
+        total = progress.step + max(epochs - progress.epoch, 0) * rounds - done
+    else:
+        total = training.max_train_steps
+        epochs = progress.epoch + math.ceil((total - progress.step + done) / rounds)
+    if total <= progress.step:
+        raise UserError(
+            f"--resume {state.path}: is at the end already, after {progress.step} steps and {progress.epoch} epochs",
+            "ask for more with --max_train_steps or --max_train_epochs",
+        )
+    return total, epochs
+
+
 def _refuse_later(options: TrainOptions) -> None:
     given = {name: value for name, value in vars(options.later).items() if value}
     for name in given:
@@ -129,7 +165,7 @@ def _refuse_later(options: TrainOptions) -> None:
 
 
 def _check_numbers(training: TrainingOptions) -> None:
-    for name in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps"):
+    for name in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "max_nan_steps"):
         value = getattr(training, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")

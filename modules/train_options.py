@@ -11,6 +11,7 @@ from modules.checkpoints import MetadataOptions, SavingOptions
 from modules.flow_matching import TimestepOptions
 from modules.optimizers import OptimizerOptions
 from modules.samples import SampleOptions
+from modules.states import StateOptions
 from utils.options import option
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
@@ -33,6 +34,7 @@ class TrainingOptions:
     seed: int | None = option(None, "of everything random (default: drawn, and logged)")
     max_data_loader_n_workers: int = option(8, "processes that read caches, at most one a CPU core; 0: none")
     persistent_data_loader_workers: bool = option(False, "keep these processes from epoch to epoch")
+    max_nan_steps: int = option(5, "stop after so many steps in a row whose loss is no finite number; each is left out")
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,6 @@ class LaterOptions:
     """not available yet"""
 
     dit_high_noise: Path | None = option(None, "train on both models of Wan2.2")
-    save_state: bool = option(False, "save the state of the run beside each file")
-    save_state_on_train_end: bool = option(False, "save the state of the run at its end")
-    resume: Path | None = option(None, "continue from a saved state")
     huggingface_repo_id: str | None = option(None, "upload files to Hugging Face")
 
 
@@ -138,4 +137,5 @@ class TrainOptions:
     t5: T5Options
     clip: ClipOptions
     compiling: TrainingCompileOptions
+    states: StateOptions
     later: LaterOptions

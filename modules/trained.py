@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modules.states import check_shapes
 from modules.train_options import TrainOptions
 from wan.loading import Deltas
 from wan.model import WanModel, WanShape
@@ -66,6 +67,18 @@ class Trained(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file holds."""
 
+    def expected_shapes(self) -> dict[str, torch.Size] | None:
+        """Return the shapes of tensors() by name once checked, None where they are known with the DiT alone."""
+        return None
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what tensors() returned in the run that goes on; UserError where it does not fit."""
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Return by name what it draws random numbers from, beside torch's own generators."""
+        return {}
+
     @abstractmethod
     def file_dtype(self) -> torch.dtype:
         """Return the dtype of files where no other is asked for."""
@@ -77,3 +90,16 @@ class Trained(ABC):
     def file_metadata(self) -> Mapping[str, str]:
         """Return what else its files say of themselves."""
         return {}
+
+
+def restore_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a module with saved tensors, in place."""
+    held = module.state_dict()
+    check_shapes(shapes_of(tensors), shapes_of(held))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            held[name].copy_(tensor)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

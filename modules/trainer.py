@@ -2,18 +2,17 @@
 
 import contextlib
 import logging
+import math
 import os
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,12 +21,14 @@ from modules.checkpoints import Checkpoints, model_metadata, new_session, traini
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.optimizers import make_optimizer, make_schedule
 from modules.preflight import Plan, check
+from modules.run_logs import LoggingOptions, log_folder
 from modules.samples import Sampler
+from modules.states import Progress, State, States, restore_optimizer, write_state
+from modules.stopping import Stop, command_to_resume
 from modules.train_options import TrainOptions
 from modules.trained import Trained
 from utils.devices import default_device, dtype_name, parse_dtype
-from utils.errors import UserError
-from utils.options import option
+from utils.errors import Stopped, UserError
 from wan.auto_swap import AutoSwap, auto_recommended
 from wan.checkpointing import offloading, save_memory
 from wan.configs import WanConfig
@@ -37,16 +38,6 @@ from wan.model import WanModel
 logger = logging.getLogger(__name__)
 
 _BUNDLE = 1 << 26  # gradients to average over processes in one go
-
-
-@dataclass(frozen=True)
-class LoggingOptions:
-    """logs of loss and learning rate"""
-
-    logging_dir: Path | None = option(None, "folder for TensorBoard logs, one folder in it for each run")
-    log_with: str | None = option(None, "what the logs are for (default: tensorboard)", choices=("tensorboard",))
-    log_prefix: str = option("", "first part of the name of a run's folder")
-    log_tracker_name: str = option("network_train", "name of the logs in that folder")
 
 
 def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) -> "Trainer":
@@ -116,7 +107,7 @@ class Trainer:
         self.module = self.trained.attach(dit, accelerator.device)
         self.parameters = list(self.module.parameters())
         workers = min(training.max_data_loader_n_workers, os.cpu_count() or 1)
-        loader = make_loader(plan.data, workers, training.persistent_data_loader_workers)
+        loader = make_loader(plan.data, workers, training.persistent_data_loader_workers, accelerator.num_processes)
         # The fused kernels leave out a step whose gradients overflow without a word; accelerate would not know.
         fused = accelerator.scaler is None
         optimizer, self.optimizer_name = make_optimizer(
@@ -140,18 +131,30 @@ class Trainer:
             self.trained.file_dtype(),
             self.trained.hashed,
         )
+        self.states = States(options.states, options.saving)
         self.step = 0
+        self.epochs = 0  # complete ones
+        self.batches = 0  # of the unfinished epoch, on this process
         self.losses: deque[float] = deque(maxlen=len(self.loader))
+        self.epoch_losses: list[float] = []  # of the unfinished epoch
+        self.bad_batches = 0  # of this step, those whose loss was no finite number
+        self.bad_steps = 0  # the last ones, in a row
+        self.stop = Stop()
+        if plan.state:
+            self.restore(plan.state)
 
     def run(self) -> None:
         """Train to the end and save the result."""
         self.log_start()
-        self.sample(epoch=0)
+        if not self.plan.state:
+            self.sample(epoch=0)
         total, silent = self.plan.total_steps, not self.accelerator.is_main_process
         # Closed also by an error, whose line would else stand at the end of the bar.
-        with tqdm(total=total, desc="steps", disable=silent) as progress:
-            for epoch in range(self.plan.epochs):
+        with self.stop, tqdm(total=total, initial=self.step, desc="steps", disable=silent) as progress:
+            for epoch in range(self.epochs, self.plan.epochs):
                 self.epoch(epoch, progress)
+        if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
+            self.save_state(self.states.at_end())
         if self.accelerator.is_main_process:
             self.checkpoints.save_final(self.trained.tensors(), self.step, self.plan.epochs)
         self.accelerator.wait_for_everyone()
@@ -161,31 +164,43 @@ class Trainer:
         """Train on all batches, or on those until the last step."""
         logger.info("epoch %d/%d", epoch + 1, self.plan.epochs)
         self.loader.set_epoch(epoch)
-        losses = []
+        self.plan.data.begun = self.batches * self.accelerator.num_processes
         for batch in batches_of(self.loader):
             with self.accelerator.accumulate(self.module):
                 loss = self.gradients(batch)
                 norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
-            losses.append(loss.item())
-            self.losses.append(losses[-1])
+            self.batches += 1
+            self.epoch_losses.append(loss.item())
+            self.losses.append(self.epoch_losses[-1])
+            average = sum(self.losses) / len(self.losses)
+            progress.set_postfix(avr_loss=average, **norms)
             if self.accelerator.sync_gradients:
                 self.step += 1
                 progress.update()
                 self.after_step(epoch)
-            average = sum(self.losses) / len(self.losses)
-            progress.set_postfix(avr_loss=average, **norms)
-            self.log({"loss/current": losses[-1], "loss/average": average, **self.rates(), **norms}, self.step)
+            self.log({"loss/current": self.losses[-1], "loss/average": average, **self.rates(), **norms}, self.step)
+            if self.accelerator.sync_gradients:
+                self.leave_if_told(epoch)
             if self.step >= self.plan.total_steps:
                 break
-        self.log({"loss/epoch": sum(losses) / len(losses)}, epoch + 1)
+        if self.epoch_losses:
+            self.log({"loss/epoch": sum(self.epoch_losses) / len(self.epoch_losses)}, epoch + 1)
+        if self.batches == len(self.loader):
+            self.epochs, self.batches, self.epoch_losses = epoch + 1, 0, []
         self.after_epoch(epoch + 1)
 
     def gradients(self, batch: Batch) -> Tensor:
-        """Add a batch's gradients to those that are there, and return its loss."""
+        """Add a batch's gradients to those that are there, and return its loss.
+
+        Where that is no finite number on any process, all of them leave the batch out.
+        """
 
         def compute() -> Tensor:
             loss = self.loss(batch)
-            self.accelerator.backward(loss)
+            if self.agreed(not math.isfinite(loss.item())):
+                self.bad_batches += 1
+            else:
+                self.accelerator.backward(loss)
             return loss.detach()
 
         auto: AutoSwap | None = getattr(self.dit, "auto_swap", None)
@@ -194,9 +209,7 @@ class Trainer:
 
     def way_back(self) -> Callable[[], None]:
         """Return what undoes the computation of gradients that begins now, random numbers included."""
-        generators = [self.generator, torch.default_generator]
-        if self.accelerator.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[self.accelerator.device.index or 0])
+        generators = list(self.generators().values())
         states = [generator.get_state() for generator in generators]
         gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
 
@@ -221,6 +234,9 @@ class Trainer:
 
     def optimizer_step(self) -> dict[str, float]:
         """End an optimizer step, which a fused backward pass has done already; return what to log of the result."""
+        if self.bad_batches:
+            return self.left_out()
+        self.bad_steps = 0
         if not self.trained.fused:
             if self.trained.stowed:
                 self.trained.settle()
@@ -228,6 +244,106 @@ class Trainer:
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
         return self.trained.limit()
+
+    def left_out(self) -> dict[str, float]:
+        """Forget the gradients of a step; return what to log of it. Ends the run after too many in a row."""
+        if self.trained.stowed:
+            self.trained.settle()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.bad_batches = 0
+        self.bad_steps += 1
+        limit = self.plan.options.training.max_nan_steps
+        logger.warning("step %d is left out: its loss is no finite number (%d in a row)", self.step + 1, self.bad_steps)
+        if self.bad_steps >= limit:
+            path = self.save_state(self.states.at_step(self.step))
+            raise UserError(
+                f"the loss was no finite number in {limit} steps in a row, from step {self.step - limit + 2} on; "
+                f"the state is {path}",
+                "lower --learning_rate, use --mixed_precision bf16 for fp16, or look for damaged caches; an earlier "
+                "state may still be sound",
+            )
+        return {"steps_left_out": self.bad_steps}
+
+    def agreed(self, here: bool) -> bool:
+        """Return whether something is so on any process."""
+        if self.accelerator.num_processes == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def leave_if_told(self, epoch: int) -> None:
+        """End the run with its state and files saved where a signal has asked for that."""
+        if self.step >= self.plan.total_steps or not self.agreed(bool(self.stop.number)):
+            return
+        state = self.states.at_step(self.step)
+        every = self.plan.options.saving.save_every_n_steps
+        due = every and self.step % every == 0  # and so has been saved
+        if not (due and self.plan.options.states.save_state):
+            self.save_state(state)
+        if not due and self.accelerator.is_main_process:
+            self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        self.accelerator.wait_for_everyone()
+        raise Stopped(f"stopped after step {self.step}; go on with: {command_to_resume(state)}", 128 + self.stop.number)
+
+    def save_state(self, path: Path) -> Path:
+        """Save the state of the run, on all processes, and return its folder."""
+        every = gather_object([{name: each.get_state() for name, each in self.generators().items()}])
+        if self.accelerator.is_main_process:
+            if self.trained.stowed:
+                self.trained.settle()
+            self.states.written.add(path.name)
+            scaler = self.accelerator.scaler
+            dictionaries = {
+                "optimizer": self.optimizer.optimizer.state_dict(),
+                "scheduler": self.schedule.state_dict(),
+                **({"scaler": scaler.state_dict()} if scaler else {}),
+            }
+            generators = {f"{rank}/{name}": state for rank, own in enumerate(every) for name, state in own.items()}
+            write_state(path, self.trained.tensors(), dictionaries, generators, self.progress())
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def progress(self) -> Progress:
+        return Progress(
+            step=self.step,
+            epoch=self.epochs,
+            batches=self.batches,
+            losses=tuple(self.losses),
+            epoch_losses=tuple(self.epoch_losses),
+            seed=self.plan.seed,
+            processes=self.accelerator.num_processes,
+            epoch_batches=len(self.plan.data),
+            data=self.plan.data.digest(),
+            optimizer=self.optimizer_name.partition("(")[0],
+            written=tuple(sorted(self.states.written | self.checkpoints.written)),
+        )
+
+    def restore(self, state: State) -> None:
+        """Go on where a state was saved."""
+        progress, rank = state.progress, self.accelerator.process_index
+        self.trained.restore(state.tensors())
+        restore_optimizer(self.optimizer.optimizer, state.load("optimizer"), state.path)
+        self.schedule.load_state_dict(state.load("scheduler"))
+        if self.accelerator.scaler and state.whole:
+            self.accelerator.scaler.load_state_dict(state.load("scaler"))
+        saved = state.generators()
+        for name, generator in self.generators().items():
+            if f"{rank}/{name}" in saved:
+                generator.set_state(saved[f"{rank}/{name}"])
+        self.step, self.epochs, self.batches = progress.step, progress.epoch, self.plan.begun
+        self.losses.extend(progress.losses)
+        self.epoch_losses = list(progress.epoch_losses)
+        self.states.written.update(name for name in progress.written if name.endswith("-state"))
+        self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
+        logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Return by name all that random numbers are drawn from on this process."""
+        found = {"training": self.generator, "torch": torch.default_generator, **self.trained.generators()}
+        if self.accelerator.device.type == "cuda":
+            found["cuda"] = torch.cuda.default_generators[self.accelerator.device.index or 0]
+        return found
 
     def update(self, parameters: Sequence[nn.Parameter]) -> None:
         """Apply the gradients that all processes have for these parameters, and drop them."""
@@ -250,11 +366,19 @@ class Trainer:
         if every and self.step % every == 0 and self.accelerator.is_main_process:
             self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
         self.sample()
+        if every and self.step % every == 0 and self.plan.options.states.save_state:
+            self.save_state(self.states.at_step(self.step))
+            if self.accelerator.is_main_process:
+                self.states.rotate_steps(self.step)
 
     def after_epoch(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_epochs
         if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
             self.checkpoints.save_epoch(self.trained.tensors(), self.step, epoch)
+        if every and epoch % every == 0 and epoch < self.plan.epochs and self.plan.options.states.save_state:
+            self.save_state(self.states.at_epoch(epoch))
+            if self.accelerator.is_main_process:
+                self.states.rotate_epochs(epoch)
         self.sample(epoch)
 
     def sample(self, epoch: int | None = None) -> None:
@@ -375,19 +499,6 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
             for p, mean in zip(bundle, flat.split([grad.numel() for grad in grads]), strict=True):
                 p.grad = mean.view_as(p)
             bundle = []
-
-
-def log_folder(options: LoggingOptions) -> Path | None:
-    """Return the folder for this run's TensorBoard logs, or None where none are asked for."""
-    if options.logging_dir is None:
-        if options.log_with is not None:
-            raise UserError(f"--log_with {options.log_with}: needs a folder", "add --logging_dir PATH")
-        return None
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        raise UserError("--logging_dir: tensorboard is not installed", "pip install tensorboard") from None
-    return options.logging_dir / f"{options.log_prefix}{time.strftime('%Y%m%d%H%M%S')}"
 
 
 def _advice(options: TrainOptions, trained: Trained) -> contextlib.AbstractContextManager:

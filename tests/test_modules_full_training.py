@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from modules.full_training import FullOptions, TrainedDit, rounded_at_random, step_in_float32
 from modules.precision import trained_precision
+from modules.run_logs import LoggingOptions
+from modules.states import unpacked
 from modules.train_options import TrainOptions
-from modules.trainer import LoggingOptions, Trainer, make_trainer, predict
+from modules.trainer import Trainer, make_trainer, predict
 from tests import tiny
 from tests.test_wan_block_exchange import LateBothWays
 from utils.errors import UserError
@@ -67,6 +69,29 @@ def test_compiled_blocks_are_trained_the_same_bit_by_bit(trainer, more):
     options = f"--learning_rate 1e-3 --max_train_steps 1 --gradient_checkpointing {more}"
     plain, compiled = (load_file(trained(trainer(options + flags))) for flags in ("", COMPILED))
     assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--full_bf16 --fused_backward_pass",
+        "--optimizer_type adamw8bit --gradient_accumulation_steps 2 --blocks_to_swap 2",
+        "--full_bf16 --fused_backward_pass --optimizer_type adamw8bit --blocks_to_swap 2 --gradient_checkpointing",
+    ],
+)
+def test_a_resumed_run_is_the_one_that_was_never_stopped(trainer, more):
+    options = (
+        f"--learning_rate 1e-3 --lr_scheduler cosine --max_train_steps 5 --save_every_n_steps 3 --save_state {more}"
+    )
+    whole = trained(trainer(options))
+    state = whole.parent / "name-step00000003-state"
+    again = trained(trainer(f"{options} --resume {state}"))
+    plain, resumed = load_file(whole), load_file(again)
+    assert all(torch.equal(plain[name], resumed[name]) for name in plain)
+    moments = [torch.load(path.parent / "name-state" / "optimizer.bin", weights_only=True) for path in (whole, again)]
+    for one, other in zip(*(held["state"].values() for held in moments), strict=True):
+        one, other = dict(unpacked(one)), dict(unpacked(other))
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
 
 
 def test_the_file_is_the_live_model_with_its_keys_and_number_of_heads(trainer, models):

@@ -15,9 +15,10 @@ from modules.generation import generate
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.outputs import Files, Result
+from modules.run_logs import LoggingOptions
 from modules.samples import SampleOptions, SamplePlan, Sampler, read_samples
 from modules.train_options import TrainOptions
-from modules.trainer import LoggingOptions, make_trainer
+from modules.trainer import make_trainer
 from utils.errors import UserError
 from utils.options import parse_options
 from wan.clip import ClipOptions

@@ -14,8 +14,9 @@ from dataset.loader import Batch, CachedItem
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.precision import frozen_precision
 from modules.preflight import check_caches, choose_attention
+from modules.run_logs import LoggingOptions
 from modules.train_options import AttentionOptions, TrainOptions
-from modules.trainer import LoggingOptions, Trainer, average_gradients, condition_latents, make_trainer, predict
+from modules.trainer import Trainer, average_gradients, condition_latents, make_trainer, predict
 from tests.live_bytes import LiveBytes
 from tests.test_wan_auto_swap import Small
 from utils.errors import UserError
@@ -372,7 +373,7 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--weights_on_disk", "--weights_on_disk: is for blocks that are swapped. Add --blocks_to_swap auto."),
         ("--blocks_to_swap -1", "--blocks_to_swap -1: must not be negative."),
         ("--blocks_to_swap 2 --block_swap_ring_size 0", "--block_swap_ring_size 0: there must be room"),
-        ("--resume state", "--resume: is not available yet. Leave it out."),
+        ("--huggingface_repo_id me/it", "--huggingface_repo_id: is not available yet. Leave it out."),
         ("--dynamo_backend OFI", "--compile_backend ofi: is not one that torch"),
         ("--max_train_steps 0", "--max_train_steps 0: must be at least 1."),
         (

@@ -27,6 +27,14 @@ class UserError(Exception):
         return " ".join(part if part.endswith(("?", "!")) else f"{part}." for part in parts if part)
 
 
+class Stopped(Exception):
+    """A run ended before its time, as it was told to, and has said how to go on."""
+
+    def __init__(self, line: str, code: int):
+        super().__init__(line, code)
+        self.line, self.code = line, code
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main() and exit: 0, 130 after Ctrl-C, 2 after an error that people can mend.
 
@@ -51,6 +59,8 @@ def explain(error: BaseException) -> int | None:
     """Print in one line why a script ends and return its exit code; None, without a line, for a fault of our own."""
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted; files already written are complete", 130)
+    if isinstance(error, Stopped):
+        return _say(error.line, error.code)
     if isinstance(error, UserError):
         return _say(f"error: {error}", 2)
     if isinstance(error, OSError) and error.errno in _FILE_ERRORS:

@@ -1,0 +1,278 @@
+"""States of a run: complete or absent; a run that goes on from one is the run that was never stopped, bit by bit."""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules.states import Progress, find_state, states_of, why_broken, write_state
+from tests.conftest import ROOT
+from tests.test_modules_trainer import trainer  # noqa: F401
+from utils.errors import UserError
+
+# Dropout and noise draw random numbers; a cosine falls; seven batches an epoch.
+HOW = "--learning_rate 1e-3 --network_dropout 0.2 --lr_scheduler cosine --sigmoid_scale 0.3"
+
+
+def result(run, name="name"):
+    return load_file(run.plan.options.saving.output_dir / f"{name}.safetensors")
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("more", "every"),
+    [
+        ("--max_train_steps 17", 3),  # in the middle of epochs
+        ("--max_train_steps 14", 7),  # at their ends
+        ("--max_train_epochs 3 --gradient_accumulation_steps 2", 2),
+        ("--max_train_steps 9 --optimizer_type adamw8bit --network_dim 64", 4),
+        ("--max_train_steps 9 --num_timestep_buckets 3 --gradient_checkpointing --blocks_to_swap 2", 4),
+    ],
+)
+def test_a_resumed_run_is_the_one_that_was_never_stopped(trainer, more, every):  # noqa: F811
+    straight = trainer(f"{HOW} {more} --save_every_n_steps {every} --save_state")
+    straight.run()
+    folder = straight.plan.options.saving.output_dir
+    taken = sorted(path for path in folder.glob("name-step*-state"))
+    assert len(taken) > 1
+    for path in taken:
+        if straight.plan.total_steps == json.loads((path / "progress.json").read_text())["step"]:
+            continue
+        resumed = trainer(f"{HOW} {more} --save_every_n_steps {every} --save_state --resume {path}")
+        resumed.run()
+        assert same(result(straight), result(resumed)), path
+        assert list(straight.losses) == list(resumed.losses)
+        names = sorted(path.name for path in resumed.plan.options.saving.output_dir.iterdir())
+        assert (
+            set(names) <= {path.name for path in folder.iterdir()}
+            and f"{resumed.plan.options.saving.output_name}-state" in names
+        )
+
+
+# ---------------------------------------------------------------------------------------------- whole or not at all
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function that writes a small state of a step."""
+    folder = tmp_path_factory.mktemp("states")
+
+    def write(step: int, name: str = "name", where=folder):
+        path = where / f"{name}-step{step:08d}-state"
+        progress = Progress(step=step, epoch=0, batches=step, seed=3)
+        tensors = {"w": torch.full((2,), float(step))}
+        write_state(path, tensors, {"optimizer": {"state": {}, "param_groups": []}, "scheduler": {}}, {}, progress)
+        os.utime(path, (step, step))
+        return path
+
+    write.folder = folder
+    return write
+
+
+def test_latest_is_the_newest_state_that_is_whole(saved, caplog):
+    older, newer = saved(5), saved(20)
+    saved(30, name="name-of-another-run")
+    assert states_of(saved.folder, "name") == [newer, older]
+    assert find_state("latest", saved.folder, "name").path == newer
+    (newer / "optimizer.bin").write_bytes(b"cut")
+    os.utime(newer, (20, 20))
+    assert find_state("latest", saved.folder, "name").path == older
+    assert "passed over: optimizer.bin is not what was saved" in caplog.text
+
+
+def test_a_state_that_is_damaged_is_refused_and_the_one_before_it_named(saved, tmp_path):
+    older, newer = saved(5, where=tmp_path), saved(20, where=tmp_path)
+    for name in ("model.safetensors", "progress.json", "manifest.json"):
+        content = (newer / name).read_bytes()
+        for damage in (None, content[:-3], content + b"x"):
+            (newer / name).unlink(missing_ok=True)
+            if damage is not None:
+                (newer / name).write_bytes(damage)
+            os.utime(newer, (20, 20))
+            with pytest.raises(UserError) as error:
+                find_state(str(newer), tmp_path, "name")
+            assert name in str(error.value) and f"The one before it is {older}" in str(error.value)
+        (newer / name).write_bytes(content)
+        os.utime(newer, (20, 20))
+    assert find_state(str(newer), tmp_path, "name").progress.step == 20
+
+
+@pytest.mark.parametrize(
+    ("resume", "line"),
+    [
+        ("nowhere", "--resume nowhere: no such folder. Name the folder that ends in -state."),
+        ("latest", "holds no complete state of name. Leave it out to begin anew."),
+    ],
+)
+def test_a_state_that_is_not_there_is_named(tmp_path, resume, line):
+    with pytest.raises(UserError) as error:
+        find_state(resume, tmp_path, "name")
+    assert line in str(error.value)
+
+
+def test_a_state_appears_whole_or_not_at_all(saved, tmp_path, monkeypatch):
+    path = saved(5, where=tmp_path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        for step in (5, 6):
+            with pytest.raises(OSError, match="No space"):
+                saved(step, where=tmp_path)
+    assert [other.name for other in tmp_path.iterdir()] == [path.name]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------------------- other states
+def test_a_state_of_another_program_gives_weights_optimizer_and_schedule(trainer, caplog):  # noqa: F811
+    run = trainer(f"{HOW} --max_train_steps 4 --save_state_on_train_end")
+    run.run()
+    state = run.plan.options.saving.output_dir / "name-state"
+    for name in ("progress.json", "manifest.json", "random.safetensors"):
+        (state / name).unlink()
+    resumed = trainer(f"{HOW} --max_train_steps 6 --resume {state}")
+    assert "was written by another program" in caplog.text
+    assert (resumed.step, resumed.epochs, resumed.batches) == (4, 0, 0)
+    assert all(torch.equal(value, result(run)[key]) for key, value in resumed.trained.tensors().items())
+    moments = [values["exp_avg"] for values in resumed.optimizer.optimizer.state.values()]
+    assert any(moment.abs().sum() > 0 for moment in moments)
+    resumed.run()
+    assert resumed.step == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            "--max_train_steps 4",
+            "is at the end already, after 4 steps and 0 epochs. Ask for more with --max_train_steps",
+        ),
+        ("--max_train_steps 9 --network_dim 8", "here (8, "),
+        ("--max_train_steps 9 --network_args exclude_patterns='[\".*ffn.*\"]'", "of its tensors differ"),
+        ("--max_train_steps 9 --optimizer_type SGD", "--optimizer_type"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(trainer, more, line):  # noqa: F811
+    run = trainer(f"{HOW} --max_train_steps 4 --save_state_on_train_end")
+    run.run()
+    state = run.plan.options.saving.output_dir / "name-state"
+    with pytest.raises(UserError) as error:
+        trainer(f"{HOW} {more} --resume {state}")
+    assert line in str(error.value)
+
+
+def test_states_rotate_as_files_do_and_on_after_a_resumption(trainer):  # noqa: F811
+    rotate = "--save_every_n_steps 1 --save_state --save_last_n_steps 3 --save_last_n_steps_state 1"
+    run = trainer(f"{HOW} --max_train_steps 5 {rotate}")
+    folder = run.plan.options.saving.output_dir
+    run.run()
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name for name in names if name.endswith("-state")] == [
+        "name-state",
+        "name-step00000004-state",
+        "name-step00000005-state",
+    ]
+    again = trainer(f"{HOW} --max_train_steps 7 {rotate} --resume latest --output_dir {folder}")
+    again.run()
+    kept = sorted(path.name for path in folder.iterdir() if path.name.startswith("name-step"))
+    assert kept == [
+        *(f"name-step0000000{n}{ending}" for n, ending in ((4, ".safetensors"), (5, ".safetensors"))),
+        "name-step00000006-state",
+        "name-step00000006.safetensors",
+        "name-step00000007-state",
+        "name-step00000007.safetensors",
+    ]
+
+
+def test_another_batch_size_goes_on_by_what_has_been_seen(trainer, dataset, tmp_path, caplog):  # noqa: F811
+    run = trainer(f"{HOW} --max_train_steps 3 --save_state_on_train_end")
+    run.run()
+    state = run.plan.options.saving.output_dir / "name-state"
+    larger = tmp_path / "larger.toml"
+    text = re.sub(r"batch_size = \d+", "batch_size = 4", dataset.read_text())
+    larger.write_text(text if "batch_size" in text else text.replace("[general]", "[general]\nbatch_size = 4"))
+    resumed = trainer(f"{HOW} --max_train_epochs 2 --resume {state} --dataset_config {larger}")
+    assert "goes on after 43 % of its batches, in another order" in caplog.text
+    assert resumed.batches == round(3 / 7 * len(resumed.plan.data))
+    resumed.run()
+    assert resumed.epochs == 2
+
+
+# ------------------------------------------------------------------------------------------------------ bad steps
+def test_steps_without_a_finite_loss_are_left_out_and_too_many_end_the_run(trainer, monkeypatch, caplog):  # noqa: F811
+    def losing(run, bad):
+        loss, count = run.loss, iter(range(1000))
+        monkeypatch.setattr(run, "loss", lambda batch: loss(batch) * (math.nan if next(count) in bad else 1.0))
+        return run
+
+    run = losing(trainer(f"{HOW} --max_train_steps 4"), {1})
+    weights = []
+    run.after_step = lambda epoch: weights.append({k: v.clone() for k, v in run.trained.tensors().items()})
+    run.run()
+    assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
+    assert "step 2 is left out: its loss is no finite number (1 in a row)" in caplog.text
+    run = losing(trainer(f"{HOW} --max_train_steps 9 --max_nan_steps 3"), {2, 4, 5, 6})
+    with pytest.raises(
+        UserError, match="was no finite number in 3 steps in a row, from step 5 on; the state is"
+    ) as error:
+        run.run()
+    path = run.plan.options.saving.output_dir / "name-step00000006-state"
+    assert str(path) in str(error.value) and why_broken(path) is None
+
+
+# ------------------------------------------------------------------------------------------------- real processes
+CLI = (
+    "--max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3 --network_dim 4"
+    f" {HOW} --max_train_steps 12 --save_every_n_steps 3 --save_state"
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no such signals")
+def test_a_stopped_or_killed_run_goes_on_bit_by_bit(trainer, models, dataset, tmp_path):  # noqa: F811
+    straight = trainer(CLI, base="")
+    straight.run()
+    for number, name in ((signal.SIGTERM, "term"), (signal.SIGKILL, "kill")):
+        output = tmp_path / name
+        paths = ["--dit", models["dit_t2v"], "--dataset_config", dataset, "--output_dir", output]
+        words = ["wan_train_network.py", "--task", "t2v-1.3B", *CLI.split(), *paths]
+        process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while not (output / "name-step00000003-state").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        text = process.communicate()[1]
+        states = [path for path in output.iterdir() if path.name.endswith("-state") and path.name[0] != "."]
+        assert states and all(why_broken(path) is None for path in states)
+        resume = "latest"
+        if number == signal.SIGTERM:
+            assert process.returncode == 143
+            resume = shlex.split(text.splitlines()[-1].partition("go on with: python ")[2])[-1]
+        run = trainer(f"{CLI} --resume {resume} --output_dir {output}", base="")
+        run.run()
+        for file in ("name", "name-step00000009"):
+            assert same(result(run, file), result(straight, file)), (name, file)
+
+
+def test_two_processes_go_on_together(run_cli, models, dataset, tmp_path):
+    paths = ["--dit", models["dit_t2v"], "--dataset_config", dataset]
+    launch = ["torch.distributed.run", "--nproc_per_node", 2, ROOT / "wan_train_network.py", "--task", "t2v-1.3B"]
+    words = [*launch, *CLI.replace("--max_train_steps 12", "--max_train_steps 6").split(), *paths]
+    first, second = tmp_path / "one", tmp_path / "two"
+    for more in (["--output_dir", first], ["--output_dir", second, "--resume", first / "name-step00000003-state"]):
+        done = run_cli("-m", *words, *more)
+        assert done.returncode == 0, done.stderr
+    assert same(*(load_file(folder / "name.safetensors") for folder in (first, second)))
+    assert not (second / "name-step00000003.safetensors").exists()
