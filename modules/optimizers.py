@@ -4,24 +4,27 @@ import ast
 import importlib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from utils.errors import UserError
 from utils.options import option, suggest
 
 logger = logging.getLogger(__name__)
 
-_NAMES = {"adamw": "torch.optim.AdamW", "adamw8bit": "bitsandbytes.optim.AdamW8bit"}
+_NAMES = {
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "adafactor": "transformers.optimization.Adafactor",
+}
 _FUSED = (torch.optim.Adam, torch.optim.AdamW)
 _KERNELS = ("fused", "foreach", "differentiable", "capturable")  # arguments that choose between torch's kernels
-# Optimizers with these words in their name take control of the learning rate or of the training loop.
-_UNSUPPORTED = ("schedulefree", "adafactor")
 
 
 def _steps_or_share(text: str) -> int | float:
@@ -38,7 +41,9 @@ class OptimizerOptions:
     """optimizer and learning rate"""
 
     optimizer_type: str = option(
-        "AdamW", "AdamW, AdamW8bit (bitsandbytes), a class of torch.optim, or any class by its dotted path"
+        "AdamW",
+        "AdamW, AdamW8bit (bitsandbytes), Adafactor, a class of torch.optim, or any class by its dotted path, such as "
+        "schedulefree.AdamWScheduleFree",
     )
     optimizer_args: tuple[str, ...] = option(
         (), "arguments of the optimizer, key=value with Python literals: weight_decay=0.01 betas=0.9,0.99"
@@ -58,7 +63,15 @@ class OptimizerOptions:
             "inverse_sqrt",
             "cosine_with_min_lr",
             "warmup_stable_decay",
+            "rex",
+            "piecewise_constant",
         ),
+    )
+    lr_scheduler_type: str | None = option(
+        None, "a class of torch.optim.lr_scheduler, or any by its dotted path, in place of --lr_scheduler"
+    )
+    lr_scheduler_args: tuple[str, ...] = option(
+        (), "its arguments, key=value with Python literals; rex: rex_alpha, rex_beta; piecewise_constant: step_rules"
     )
     lr_warmup_steps: float = option(
         0, "optimizer steps over which the rate rises from 0, or their share: 500, 0.1, 10%", parse=_steps_or_share
@@ -70,7 +83,7 @@ class OptimizerOptions:
     lr_scheduler_power: float = option(1, "polynomial: power")
     lr_scheduler_timescale: int | None = option(None, "inverse_sqrt: timescale (default: the warm-up's steps)")
     lr_scheduler_min_lr_ratio: float | None = option(
-        None, "cosine_with_min_lr, warmup_stable_decay: lowest rate as a share of --learning_rate"
+        None, "cosine_with_min_lr, warmup_stable_decay, rex: lowest rate as a share of --learning_rate"
     )
 
 
@@ -91,6 +104,8 @@ def check_optimizer(
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     try:
+        if hasattr(optimizer, "train"):
+            optimizer.train()
         optimizer.step()
     except Exception as error:
         raise UserError(
@@ -120,8 +135,12 @@ def make_optimizer(
             )
     fuses = fused and kind in _FUSED and not any(arguments.get(name) is not None for name in _KERNELS)
     kernels = {"fused": True} if fuses else {}
+    rate: float | None = options.learning_rate
+    if _is_adafactor(kind) and arguments.get("relative_step", True):
+        rate = None  # it finds its own, and knows --learning_rate as the one to start from alone
+        groups = [{**group, "lr": None} for group in groups]
     try:
-        optimizer = kind([dict(group) for group in groups], lr=options.learning_rate, **arguments | kernels)
+        optimizer = kind([dict(group) for group in groups], lr=rate, **arguments | kernels)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--optimizer_type {options.optimizer_type}: {kind.__name__} refuses its arguments ({_first_line(error)})",
@@ -134,6 +153,20 @@ def make_optimizer(
 
 def make_schedule(options: OptimizerOptions, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Return the schedule of the learning rate over `total_steps` optimizer steps."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's
+    if options.lr_scheduler_type:
+        return _schedule_of_class(options, inner)
+    if type(inner).__name__.lower().endswith("schedulefree"):
+        if options.lr_scheduler != "constant" or options.lr_warmup_steps:
+            raise UserError(
+                f"--lr_scheduler {options.lr_scheduler}: {type(inner).__name__} has no schedule",
+                "leave out --lr_scheduler and --lr_warmup_steps; its own warm-up is an argument of the optimizer",
+            )
+        return LambdaLR(inner, lambda step: 1.0)
+    if _is_adafactor(type(inner)) and inner.defaults["relative_step"]:
+        from transformers.optimization import AdafactorSchedule
+
+        return AdafactorSchedule(inner, options.learning_rate)
     warmup, decay = (_steps(steps, total_steps) for steps in (options.lr_warmup_steps, options.lr_decay_steps))
     if options.lr_scheduler == "constant":
         if warmup:
@@ -149,6 +182,15 @@ def make_schedule(options: OptimizerOptions, optimizer: Optimizer, total_steps: 
         raise UserError(
             f"--lr_warmup_steps and --lr_decay_steps: together {warmup + decay} of {total_steps} steps", "use fewer"
         )
+    if options.lr_scheduler == "rex":
+        shape = {"rex_alpha": 0.1, "rex_beta": 0.9} | parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
+        if unknown := shape.keys() - {"rex_alpha", "rex_beta"}:
+            raise UserError(f"--lr_scheduler_args {min(unknown)}: rex has no such argument", "rex_alpha or rex_beta")
+        course = partial(rex, warmup=warmup, total=total_steps, floor=0.01 if floor is None else floor)
+        return LambdaLR(optimizer, lambda step: course(step, alpha=shape["rex_alpha"], beta=shape["rex_beta"]))
+    if options.lr_scheduler == "piecewise_constant":
+        given = parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
+        return LambdaLR(optimizer, piecewise_constant(str(given.get("step_rules", ""))))
     specific: dict[str, dict[str, Any]] = {
         "cosine_with_restarts": {"num_cycles": options.lr_scheduler_num_cycles},
         "polynomial": {"power": options.lr_scheduler_power},
@@ -166,6 +208,55 @@ def make_schedule(options: OptimizerOptions, optimizer: Optimizer, total_steps: 
         num_training_steps=total_steps,
         scheduler_specific_kwargs=specific.get(options.lr_scheduler, {}),
     )
+
+
+def rex(step: int, warmup: int, total: int, floor: float, alpha: float = 0.1, beta: float = 0.9) -> float:
+    """Return the share of the learning rate at a step: after the warm-up, floor + (1 - floor) z / (alpha + beta z).
+
+    z: the share of the steps that are left. Chen, Wolfe, Kyrillidis 2021, "REX: Revisiting Budgeted Training", with
+    alpha = beta = 1/2 there.
+    """
+    if step < warmup:
+        return step / warmup
+    left = max(total - step, 0) / max(total - warmup, 1)
+    return floor + (1 - floor) * left / (alpha + beta * left)
+
+
+def piecewise_constant(rules: str) -> Callable[[int], float]:
+    """Return the course of "1:5,0.5:20,0.1": the whole rate for 5 steps, half of it until step 20, then a tenth."""
+    *parts, last = rules.split(",")
+    try:
+        pairs = [(float(share), int(until)) for share, until in (part.split(":") for part in parts)]
+        rest = float(last)
+    except ValueError:
+        raise UserError(
+            f"--lr_scheduler_args step_rules={rules!r}: no course of the learning rate",
+            """write step_rules='"1:500,0.1"': all of it for 500 steps, then a tenth""",
+        ) from None
+    return lambda step: next((share for share, until in pairs if step < until), rest)
+
+
+def _schedule_of_class(options: OptimizerOptions, optimizer: Optimizer) -> LRScheduler:
+    name = options.lr_scheduler_type
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module_name or "torch.optim.lr_scheduler"), class_name)
+    except (ImportError, AttributeError) as error:
+        known = [word for word in dir(torch.optim.lr_scheduler) if word[0].isupper()]
+        fix = suggest(class_name, known) or "a class of torch.optim.lr_scheduler, or a dotted path"
+        raise UserError(f"--lr_scheduler_type {name}: unknown ({_first_line(error)})", fix) from None
+    if not (isinstance(kind, type) and issubclass(kind, LRScheduler)) or kind is ReduceLROnPlateau:
+        raise UserError(f"--lr_scheduler_type {name}: is no schedule that goes by steps alone", "use another class")
+    try:
+        return kind(optimizer, **parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args"))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {name}: refuses its arguments ({_first_line(error)})", "check --lr_scheduler_args"
+        ) from None
+
+
+def _is_adafactor(kind: type[Optimizer]) -> bool:
+    return kind.__module__ == "transformers.optimization" and kind.__name__ == "Adafactor"
 
 
 def parse_arguments(items: Sequence[str], option_name: str) -> dict[str, Any]:
@@ -192,8 +283,6 @@ def _steps(steps: float, total: int) -> int:
 
 def _optimizer_class(name: str) -> type[Optimizer]:
     path = _NAMES.get(name.lower(), name)
-    if any(word in path.lower() for word in _UNSUPPORTED):
-        raise UserError(f"--optimizer_type {name}: is not available yet", "use AdamW or AdamW8bit")
     module_name, _, class_name = path.rpartition(".")
     module_name = module_name or "torch.optim"
     try:

@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -132,6 +132,9 @@ class Trainer:
             self.trained.hashed,
         )
         self.states = States(options.states, options.saving)
+        self.averaging = hasattr(self.optimizer.optimizer, "eval")  # schedule-free: what it trains is not what it means
+        if self.averaging:
+            self.optimizer.optimizer.train()
         self.step = 0
         self.epochs = 0  # complete ones
         self.batches = 0  # of the unfinished epoch, on this process
@@ -156,7 +159,8 @@ class Trainer:
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
             self.save_state(self.states.at_end())
         if self.accelerator.is_main_process:
-            self.checkpoints.save_final(self.trained.tensors(), self.step, self.plan.epochs)
+            with self.averaged():
+                self.checkpoints.save_final(self.trained.tensors(), self.step, self.plan.epochs)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -282,7 +286,8 @@ class Trainer:
         if not (due and self.plan.options.states.save_state):
             self.save_state(state)
         if not due and self.accelerator.is_main_process:
-            self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+            with self.averaged():
+                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
         self.accelerator.wait_for_everyone()
         raise Stopped(f"stopped after step {self.step}; go on with: {command_to_resume(state)}", 128 + self.stop.number)
 
@@ -364,7 +369,8 @@ class Trainer:
     def after_step(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_steps
         if every and self.step % every == 0 and self.accelerator.is_main_process:
-            self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+            with self.averaged():
+                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
         self.sample()
         if every and self.step % every == 0 and self.plan.options.states.save_state:
             self.save_state(self.states.at_step(self.step))
@@ -374,7 +380,8 @@ class Trainer:
     def after_epoch(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_epochs
         if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
-            self.checkpoints.save_epoch(self.trained.tensors(), self.step, epoch)
+            with self.averaged():
+                self.checkpoints.save_epoch(self.trained.tensors(), self.step, epoch)
         if every and epoch % every == 0 and epoch < self.plan.epochs and self.plan.options.states.save_state:
             self.save_state(self.states.at_epoch(epoch))
             if self.accelerator.is_main_process:
@@ -384,10 +391,21 @@ class Trainer:
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
-            self.sampler.make(self.dit, self.module, self.step, epoch)
+            with self.averaged():
+                self.sampler.make(self.dit, self.module, self.step, epoch)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it is entered the weights are those that an optimizer without a schedule averages."""
+        if self.averaging:
+            self.optimizer.optimizer.eval()
+        yield
+        if self.averaging:
+            self.optimizer.optimizer.train()
 
     def rates(self) -> dict[str, float]:
-        return {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        groups = self.optimizer.param_groups
+        return {f"lr/{group['name']}": group["lr"] for group in groups if group["lr"] is not None}
 
     def log(self, values: dict[str, float], step: int) -> None:
         if self.accelerator.trackers:

@@ -48,7 +48,14 @@ def test_a_fused_step_is_the_step_up_to_rounding_and_stands_back_behind_argument
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("AdamW", "AdamW"), ("ADAMW", "AdamW"), ("SGD", "SGD"), ("torch.optim.Adam", "Adam"), ("adamw8bit", "AdamW8bit")],
+    [
+        ("AdamW", "AdamW"),
+        ("ADAMW", "AdamW"),
+        ("SGD", "SGD"),
+        ("torch.optim.Adam", "Adam"),
+        ("adamw8bit", "AdamW8bit"),
+        ("adafactor", "Adafactor"),
+    ],
 )
 def test_names_find_their_class_whose_step_lowers_a_loss(name, kind):
     if kind == "AdamW8bit":
@@ -71,7 +78,21 @@ def test_names_find_their_class_whose_step_lowers_a_loss(name, kind):
             "--optimizer_type prodigyopt.Prodigy: prodigyopt is not installed.",
         ),
         (["--optimizer_type", "torch.nn.Linear"], "--optimizer_type torch.nn.Linear: torch.nn.Linear is no optimizer"),
-        (["--optimizer_type", "Adafactor"], "--optimizer_type Adafactor: is not available yet."),
+        (["--lr_scheduler_type", "StepLRR"], "--lr_scheduler_type StepLRR: unknown ("),
+        (
+            ["--lr_scheduler_type", "ReduceLROnPlateau"],
+            "--lr_scheduler_type ReduceLROnPlateau: is no schedule that goes",
+        ),
+        (["--lr_scheduler_type", "StepLR"], "--lr_scheduler_type StepLR: refuses its arguments ("),
+        (
+            ["--lr_scheduler", "piecewise_constant"],
+            "--lr_scheduler_args step_rules='': no course of the learning rate.",
+        ),
+        (["--lr_scheduler", "rex", "--lr_scheduler_args", "a=1"], "--lr_scheduler_args a: rex has no such argument."),
+        (
+            ["--optimizer_type", "tests.test_modules_optimizers.MeanScheduleFree", "--lr_scheduler", "cosine"],
+            "--lr_scheduler cosine: MeanScheduleFree has no schedule.",
+        ),
         (
             ["--optimizer_args", "weight_decoy=1"],
             "--optimizer_args weight_decoy: AdamW has no such argument. Did you mean",
@@ -127,6 +148,13 @@ class Broken(torch.optim.SGD):
             ],
             [0.1, 0.55, 1, 1, 1, 1, 1, 1, 0.775, 0.325, 0.1],
         ),
+        (["rex"], [1, 0.9891, 0.9759, 0.9593, 0.9381, 0.91, 0.8709, 0.8127, 0.7171, 0.5311, 0.01]),
+        (["rex", "--lr_warmup_steps", "2", "--lr_scheduler_min_lr_ratio", "0"], [0, 0.5, 1, 0.9859]),
+        (["piecewise_constant", "--lr_scheduler_args", "step_rules='1:2,0.5:3,0.1'"], [1, 1, 0.5, 0.1, 0.1]),
+        (
+            ["linear", "--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=2", "gamma=0.5"],
+            [1, 1, 0.5, 0.5, 0.25],
+        ),
     ],
 )
 def test_schedules_take_the_known_course(argv, want):
@@ -139,6 +167,46 @@ def test_schedules_take_the_known_course(argv, want):
         optimizer.step()
         schedule.step()
     assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_adafactor_finds_its_own_rate_unless_told_otherwise():
+    for arguments, rate in (([], None), (["--optimizer_args", "relative_step=False"], 0.1)):
+        options, groups = _options("--optimizer_type", "Adafactor", *arguments), _groups()
+        groups[0]["lr"] = 0.1
+        optimizer, _ = make_optimizer(options, groups)
+        assert optimizer.param_groups[0]["lr"] == rate
+        schedule = make_schedule(options, optimizer, total_steps=10)
+        before = [weight.detach().clone() for weight in groups[0]["params"]]
+        for weight in groups[0]["params"]:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        schedule.step()
+        assert not any(map(torch.equal, before, groups[0]["params"]))
+
+
+class MeanScheduleFree(torch.optim.SGD):
+    """Stands in for an optimizer without a schedule: outside of training the weights are twice what they are in it."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.training = False
+
+    def _scale(self, factor: float, training: bool) -> None:
+        if self.training != training:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.data.mul_(factor)
+        self.training = training
+
+    def train(self) -> None:
+        self._scale(0.5, True)
+
+    def eval(self) -> None:
+        self._scale(2.0, False)
+
+    def step(self, closure=None):
+        assert self.training
+        return super().step(closure)
 
 
 def test_only_the_first_equal_sign_separates():

@@ -105,6 +105,18 @@ def test_the_learning_rate_follows_its_schedule_to_the_end_of_the_run(trainer):
     assert rates == pytest.approx([1e-3 * share for share in (*warm_up, 1, *reversed(warm_up[1:]))])
 
 
+def test_files_have_what_an_optimizer_without_a_schedule_averages(trainer):
+    kind = "--optimizer_type tests.test_modules_optimizers.MeanScheduleFree --learning_rate 1e-3"
+    run = trainer(f"{kind} --max_train_steps 2 --save_every_n_steps 1 --save_state_on_train_end")
+    run.run()
+    live, optimizer = run.trained.tensors(), run.optimizer.optimizer
+    assert optimizer.training
+    folder = run.plan.options.saving.output_dir
+    for path, factor in ((folder / "name.safetensors", 2), (folder / "name-state" / "model.safetensors", 1)):
+        saved = load_file(path)
+        assert all(torch.equal(saved[key], live[key] * factor) for key in live if "alpha" not in key)
+
+
 def test_epochs_are_saved_but_for_the_last_and_outdated_ones_go(trainer):
     run = trainer("--max_train_epochs 4 --save_every_n_epochs 1 --save_last_n_epochs 2 --save_precision bf16")
     run.run()
