@@ -2,8 +2,8 @@
 
 python wan_cache_latents.py --dataset_config data.toml --vae wan_2.1_vae.safetensors
 
-For image-to-video add --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth. What the dataset file may say is
-in docs/dataset_config.md.
+For image-to-video add --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, for first and last frame to video
+--flf2v as well. What the dataset file may say is in docs/dataset_config.md.
 """
 
 import functools
@@ -24,7 +24,7 @@ from modules.latent_caching import (
 )
 from modules.preview import PreviewOptions, preview
 from utils.devices import default_device, parse_dtype
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import require_file
 from utils.options import option, parse_options
 from wan.clip import ClipOptions
@@ -36,6 +36,7 @@ class LatentOptions:
     """what is cached beside the latents"""
 
     i2v: bool = option(False, "the first frame as condition, for image-to-video; --clip implies it")
+    flf2v: bool = option(False, "the first and the last frame as condition, for flf2v-14B; needs --clip")
     one_frame: bool = option(False, "one-frame training: pictures with the control pictures that the dataset names")
     disable_cudnn_backend: bool = option(False, "do without cuDNN, which some AMD GPUs need")
 
@@ -51,6 +52,10 @@ def main() -> None:
     require_file(vae.vae, "--vae", "the weights of the VAE")
     if clip.clip:
         require_file(clip.clip, "--clip", "the weights of the CLIP image encoder")
+    if latents.flf2v and latents.one_frame:
+        raise UserError("--flf2v, --one_frame: are for different datasets", "choose one, and run once for each")
+    if latents.flf2v and not clip.clip:
+        raise UserError("--flf2v: the model sees CLIP features of both frames", "add --clip PATH")
     torch.backends.cudnn.enabled = not latents.disable_cudnn_backend
     if latents.one_frame:
         names = ONE_FRAME if clip.clip else ONE_FRAME_WITHOUT_CLIP
@@ -58,9 +63,10 @@ def main() -> None:
         names = I2V if clip.clip else I2V_WITHOUT_CLIP
     else:
         names = T2V
+    images = ("first", "last") if latents.flf2v else ("first",)
     dtype = parse_dtype(vae.vae_dtype or "bfloat16")
     load = functools.partial(load_latent_encoders, vae, clip, dtype, default_device(caching.device))
-    cache_latents(configs, load, dtype, caching, names).report()
+    cache_latents(configs, load, dtype, caching, names, images).report()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from frame SSSSS; one file per media file holds its text, `NAME_wan_te.safetenso
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,11 +180,16 @@ def may_be_deleted(path: Path, config: DatasetConfig) -> bool:
 
 
 def why_remake_latents(
-    config: DatasetConfig, item: DatasetItem, names: Iterable[str], dtype: torch.dtype
+    config: DatasetConfig,
+    item: DatasetItem,
+    names: Collection[str],
+    dtype: torch.dtype,
+    images: Sequence[str] = ("first",),
 ) -> str | None:
     """Return why the latents of an item are to be cached (again), or None for a file that can be kept.
 
-    names: the tensors it must hold, as in a batch; dtype: of the latents. Raises UserError for a file of another model.
+    names: the tensors it must hold, as in a batch; dtype: of the latents; images: the frames of a video that its
+    latents_image show. Raises UserError for a file of another model.
     """
     path = latent_path(config, item)
     header = _existing(path)
@@ -200,9 +205,21 @@ def why_remake_latents(
         return "of another resolution"
     if header.metadata.get("source_fps") != _source_fps(config):
         return "of another source_fps"
+    if "f_indices" in shapes and "f_indices" not in names:
+        return "of one-frame training"
+    if "latents_image" in names and item.source.is_video and shows_last_frame(path) != ("last" in images):
+        return "without the last frame" if "last" in images else "with the last frame"
     if "f_indices" in shapes and read_tensors(path)["f_indices"].tolist() != config.frame_indices:
         return "of other one-frame indices"
     return None
+
+
+def shows_last_frame(path: Path) -> bool:
+    """Tell whether the condition in a clip's latent cache shows its last frame besides the first, by the mask."""
+    with open_tensors(path, "cache file") as file:
+        key = next((key for key in file.keys() if batch_name(key) == "latents_image"), None)  # noqa: SIM118
+        # Of four frames that share a latent frame, the last one is marked in the mask's last channel.
+        return key is not None and file.shape(key)[1] > 1 and bool(file.get(key)[3, -1, 0, 0] == 1)
 
 
 def why_remake_text(path: Path, source: Source) -> str | None:

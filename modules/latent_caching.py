@@ -13,24 +13,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.cache import latent_files, latent_path, media_name, why_remake_latents, write_latents
-from dataset.config import DatasetConfig, ImageConfig
+from dataset.config import DatasetConfig, ImageConfig, VideoConfig
 from dataset.items import DatasetItem, Source, find_sources
 from dataset.media import Clip, MediaError, plan_items, read_clips
 from modules.caching import CachingOptions, CachingResult, ahead, check_run, delete_stale, log_reasons
 from utils.devices import compute_dtype
 from utils.errors import UserError
 from wan.clip import ClipOptions, ImageEncoder, load_clip
-from wan.conditioning import first_frame_condition
+from wan.conditioning import first_frame_condition, first_last_condition
 from wan.vae import VaeOptions, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
 
 # The tensors of a latent cache file, by what is to be trained. Wan2.2's image-to-video models know no CLIP.
+# Those of a model for a first and a last frame are called like those for a first frame.
 T2V = ("latents",)
 I2V_WITHOUT_CLIP = ("latents", "latents_image")
 I2V = ("latents", "latents_image", "clip")
 ONE_FRAME_WITHOUT_CLIP = ("latents", "latents_image", "f_indices")
 ONE_FRAME = ("latents", "latents_image", "f_indices", "clip")
+
+# The frames of a clip that its condition can show, by the names in WanConfig.images.
+SHOWN = {"first": 0, "last": -1}
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,22 @@ def cache_latents(
     dtype: torch.dtype,
     options: CachingOptions,
     names: Sequence[str] = T2V,
+    images: Sequence[str] = ("first",),
 ) -> CachingResult:
     """Write the latent cache files of all datasets.
 
     load_encoders: called once, when the first example has been read. dtype: of the cached latents. names: the tensors
     wanted: T2V, I2V, ONE_FRAME or one without clip; latents_control comes along where a dataset has control files.
+    images: the frames of a video that I2V shows, as in WanConfig.
     """
     if "f_indices" in names:
         _require_one_frame_keys(configs)
+    if "last" in images:
+        _require_last_frames(configs)
     sources = [(config, source) for config in configs for source in find_sources(config)]
     check_run(configs, options)
     result, reasons = CachingResult(), Counter()
-    writer = _LatentWriter(load_encoders, dtype, names, options.batch_size)
+    writer = _LatentWriter(load_encoders, dtype, names, images, options.batch_size)
     expected: dict[Path, set[Path]] = {config.cache_directory: set() for config in configs}
     failed: dict[Path, set[str]] = {config.cache_directory: set() for config in configs}
 
@@ -82,7 +90,7 @@ def cache_latents(
     def read(job: tuple[DatasetConfig, Source]) -> _Read:
         config, source = job
         cached = present[config.cache_directory].get(source.name, set())
-        return _read(config, source, names, dtype, cached if options.skip_existing else None)
+        return _read(config, source, names, images, dtype, cached if options.skip_existing else None)
 
     with tqdm(total=len(sources), unit="file", desc="latents") as progress:
         for found in ahead(read, sources, options.num_workers):
@@ -118,6 +126,24 @@ def _require_one_frame_keys(configs: Sequence[DatasetConfig]) -> None:
             )
 
 
+def _require_last_frames(configs: Sequence[DatasetConfig]) -> None:
+    """Raise UserError for a dataset whose clips have no last frame besides the first one."""
+    for config in configs:
+        if not isinstance(config, VideoConfig):
+            raise UserError(
+                f"{config.where}: --flf2v needs video datasets, a picture has no last frame",
+                "use videos, or one-frame datasets with two control pictures and --one_frame",
+            )
+        full = config.frame_extraction == "full"
+        key, lengths = ("max_frames", [config.max_frames]) if full else ("target_frames", list(config.target_frames))
+        if min(lengths) < 5:
+            raise UserError(
+                f"{config.where}: {key} = {lengths[0] if full else lengths}: --flf2v needs a last frame besides the "
+                "first one",
+                "give 5 or more",
+            )
+
+
 @dataclass(frozen=True)
 class _Read:
     """What reading one media file gave."""
@@ -140,7 +166,12 @@ def _by_media(config: DatasetConfig) -> dict[str, set[Path]]:
 
 
 def _read(
-    config: DatasetConfig, source: Source, names: Sequence[str], dtype: torch.dtype, present: set[Path] | None
+    config: DatasetConfig,
+    source: Source,
+    names: Sequence[str],
+    images: Sequence[str],
+    dtype: torch.dtype,
+    present: set[Path] | None,
 ) -> _Read:
     """Return the examples of a media file and the pixels of those that are to be encoded.
 
@@ -150,7 +181,7 @@ def _read(
     names = [*names, "latents_control"] if source.controls and not one_frame else names
 
     def why(item: DatasetItem) -> str | None:
-        return why_remake_latents(config, item, names, dtype) if present is not None else "asked for"
+        return why_remake_latents(config, item, names, dtype, images) if present is not None else "asked for"
 
     try:
         if present:
@@ -166,6 +197,8 @@ def _read(
     if not clips:
         reason = f"{source.path}: is shorter than the {min(config.target_frames)} frames that target_frames asks for"
         return _Read(config, source, error=reason)
+    if "last" in images and clips[0].item.frames == 1:
+        return _Read(config, source, error=f"{source.path}: gives one frame, but --flf2v needs at least 5")
     if one_frame and len(source.controls) < len(config.fp_1f_clean_indices):
         return _Read(config, source, error=f"{source.path}: has no control picture, which --one_frame needs")
     paths = [latent_path(config, clip.item) for clip in clips]
@@ -184,9 +217,14 @@ class _LatentWriter:
     """Encodes examples in batches of one shape and writes their cache files; loads the encoders for the first."""
 
     def __init__(
-        self, load: Callable[[], LatentEncoders], dtype: torch.dtype, names: Sequence[str], batch_limit: int | None
+        self,
+        load: Callable[[], LatentEncoders],
+        dtype: torch.dtype,
+        names: Sequence[str],
+        images: Sequence[str],
+        batch_limit: int | None,
     ):
-        self.load, self.dtype, self.names, self.batch_limit = load, dtype, names, batch_limit
+        self.load, self.dtype, self.names, self.images, self.batch_limit = load, dtype, names, images, batch_limit
         self.encoders: LatentEncoders | None = None
         self.waiting: dict[tuple, tuple[DatasetConfig, list[Clip]]] = {}
         self.written: list[Path] = []
@@ -209,27 +247,33 @@ class _LatentWriter:
         if "f_indices" in self.names:
             encoded = [encode_one_frame(self.encoders, clip, config) for clip in clips]
         else:
-            encoded = encode_clips(self.encoders, clips, self.names)
+            encoded = encode_clips(self.encoders, clips, self.names, self.images)
         for clip, tensors in zip(clips, encoded, strict=True):
             self.written.append(write_latents(config, clip.item, tensors, self.dtype))
 
 
 @torch.no_grad()
-def encode_clips(encoders: LatentEncoders, clips: Sequence[Clip], names: Sequence[str]) -> list[dict[str, Tensor]]:
+def encode_clips(
+    encoders: LatentEncoders, clips: Sequence[Clip], names: Sequence[str], images: Sequence[str] = ("first",)
+) -> list[dict[str, Tensor]]:
     """Return for each clip the tensors of its cache file; the clips must have one shape.
 
-    names: of latents [16 f h w], latents_image [20 f h w] and clip [257 D], the features of the first frame.
-    latents_control [16 f h w] is added where the clips have controls.
+    names: of latents [16 f h w], latents_image [20 f h w] and clip, the features of the frames that images names:
+    [257 D] of the first one, [2 257 D] of the first and the last one. latents_control [16 f h w] is added where the
+    clips have controls.
     """
     pixels = torch.stack([as_pixels(clip.pixels) for clip in clips])
     tensors = {"latents": encoders.vae.encode(pixels)}
+    shown = [pixels[:, :, SHOWN[name]] for name in images]
     if "latents_image" in names:
+        condition = first_last_condition if "last" in images else first_frame_condition
         frames = pixels.shape[2]
         tensors["latents_image"] = torch.stack(
-            [first_frame_condition(encoders.vae, video[:, 0], frames) for video in pixels]
+            [condition(encoders.vae, *pictures, frames) for pictures in zip(*shown, strict=True)]
         )
     if "clip" in names:
-        tensors["clip"] = encoders.clip.encode(pixels[:, :, 0])
+        features = [encoders.clip.encode(pictures) for pictures in shown]
+        tensors["clip"] = features[0] if len(features) == 1 else torch.stack(features, dim=1)
     if clips[0].controls:
         tensors["latents_control"] = encoders.vae.encode(torch.stack([as_pixels(clip.controls[0]) for clip in clips]))
     return [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(clips))]

@@ -196,8 +196,8 @@ def choose_attention(options: AttentionOptions) -> str:
 def check_caches(items: list[CachedItem], config: WanConfig, shape: WanShape) -> None:
     """Raise UserError when a cached example lacks what the task is trained on, or is of another model's sizes."""
     needed = {
-        "latents_image": (config.images, "image latents", "--clip PATH" if config.clip else "--i2v"),
-        "clip": (config.clip and config.images, "clip features", "--clip PATH"),
+        "latents_image": (config.images, "image latents", caching_flags(config)),
+        "clip": (config.clip and config.images, "clip features", caching_flags(config)),
         "latents_control": (config.control, "control latents", ""),
     }
     for item in items:
@@ -219,8 +219,8 @@ def check_caches(items: list[CachedItem], config: WanConfig, shape: WanShape) ->
         height, width = shapes["latents"][-2:]
         if height % shape.patch[1] or width % shape.patch[2]:
             raise UserError(f"{item.latents}: {8 * width}x{8 * height} is no multiple of 16", "cache again")
-        if config.clip and config.images:
-            _check_clip(item, shapes["clip"], config, shape)
+        if config.images and "clip" in shapes:
+            _check_clip(item, shapes, config, shape)
     for item in items[:1]:
         width = read_header(item.text).by_batch_name()["t5"][-1]
         if width != shape.text_dim:
@@ -230,18 +230,32 @@ def check_caches(items: list[CachedItem], config: WanConfig, shape: WanShape) ->
             )
 
 
-def _check_clip(item: CachedItem, clip: tuple[int, ...], config: WanConfig, shape: WanShape) -> None:
+def caching_flags(config: WanConfig) -> str:
+    """Return the options by which wan_cache_latents.py makes the caches of videos for a task that sees pictures."""
+    return ("--flf2v " if "last" in config.images else "") + ("--clip PATH" if config.clip else "--i2v")
+
+
+def _check_clip(item: CachedItem, shapes: dict[str, tuple[int, ...]], config: WanConfig, shape: WanShape) -> None:
+    """Raise UserError where the clip features are not of the pictures that the task sees, or of another encoder.
+
+    They tell caches of first frames from those of first and last frames too where the task itself does not see them.
+    """
+    clip, one_frame = shapes["clip"], "f_indices" in shapes
+    if not config.clip and one_frame:
+        return
     pictures = clip[0] if len(clip) == 3 else 1
     if pictures != len(config.images):
-        fix = (
-            "one-frame datasets with two control pictures can be trained, cached with --one_frame"
-            if len(config.images) == 2
-            else "use datasets with one control picture"
-        )
+        if one_frame:
+            fix = f"use datasets with {'two control pictures' if len(config.images) == 2 else 'one control picture'}"
+        elif len(config.images) == 2 and shapes["latents"][1] == 1:
+            fix = "use videos, cached with --flf2v, or one-frame datasets with two control pictures"
+        else:
+            without = "" if "last" in config.images else ", without --flf2v,"
+            fix = f"run wan_cache_latents.py with {caching_flags(config)}{without} again"
         raise UserError(
-            f"--task {config.name}: is trained on clip features of {len(config.images)} pictures, "
-            f"{item.latents} has {pictures}",
+            f"--task {config.name}: is trained with {' and '.join(config.images)} picture as condition, "
+            f"{item.latents} has {pictures} picture{'s' * (pictures > 1)}",
             fix,
         )
-    if clip[-1] != shape.clip_dim:
+    if config.clip and clip[-1] != shape.clip_dim:
         raise UserError(f"{item.latents}: clip features of {clip[-1]} channels, the DiT takes {shape.clip_dim}")

@@ -431,13 +431,54 @@ def test_caches_of_another_task_are_refused(trainer):
 @pytest.mark.parametrize(
     ("task", "dit", "shapes", "line"),
     [
-        ("i2v-14B", "dit_i2v", {"latents_image": (20, 1, 8, 8)}, "--task i2v-14B: these caches have no clip features"),
+        (
+            "i2v-14B",
+            "dit_i2v",
+            {"latents_image": (20, 1, 8, 8)},
+            "--task i2v-14B: these caches have no clip features, e.g. cache. Run wan_cache_latents.py with --clip PATH",
+        ),
+        (
+            "flf2v-14B",
+            "dit_flf2v",
+            {},
+            "--task flf2v-14B: these caches have no image latents, e.g. cache. "
+            "Run wan_cache_latents.py with --flf2v --clip PATH again.",
+        ),
+        (
+            "flf2v-14B",
+            "dit_flf2v",
+            {"latents": (16, 2, 8, 8), "latents_image": (20, 2, 8, 8), "clip": (257, 1280)},
+            "--task flf2v-14B: is trained with first and last picture as condition, cache has 1 picture. "
+            "Run wan_cache_latents.py with --flf2v --clip PATH again.",
+        ),
+        (
+            "i2v-14B",
+            "dit_i2v",
+            {"latents": (16, 2, 8, 8), "latents_image": (20, 2, 8, 8), "clip": (2, 257, 1280)},
+            "--task i2v-14B: is trained with first picture as condition, cache has 2 pictures. "
+            "Run wan_cache_latents.py with --clip PATH, without --flf2v, again.",
+        ),
+        (
+            "i2v-A14B",
+            "dit_i2v_a14b",
+            {"latents": (16, 2, 8, 8), "latents_image": (20, 2, 8, 8), "clip": (2, 257, 1280)},
+            "--task i2v-A14B: is trained with first picture as condition, cache has 2 pictures. "
+            "Run wan_cache_latents.py with --i2v, without --flf2v, again.",
+        ),
+        (
+            "i2v-14B",
+            "dit_i2v",
+            {"latents_image": (20, 1, 8, 8), "clip": (2, 257, 1280), "f_indices": (1,)},
+            "--task i2v-14B: is trained with first picture as condition, cache has 2 pictures. "
+            "Use datasets with one control picture.",
+        ),
         ("t2v-1.3B-FC", "dit_fun", {}, "--task t2v-1.3B-FC: these caches have no control latents"),
         (
             "flf2v-14B",
             "dit_flf2v",
             {"latents_image": (20, 1, 8, 8), "clip": (257, 1280)},
-            "--task flf2v-14B: is trained on clip features of 2 pictures, cache has 1. One-frame datasets",
+            "--task flf2v-14B: is trained with first and last picture as condition, cache has 1 picture. "
+            "Use videos, cached with --flf2v, or one-frame datasets",
         ),
         (
             "i2v-14B",

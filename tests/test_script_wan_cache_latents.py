@@ -68,6 +68,10 @@ def test_what_is_missing_is_said_before_anything_loads(data: Path, models, monke
     given = ["--dataset_config", data, "--vae", models["vae"]]
     assert "--clip" in error_of(monkeypatch, *given, "--clip", tmp_path / "nowhere.pth")
     assert "--one_frame needs image datasets" in error_of(monkeypatch, *given, "--one_frame", "--device", "cpu")
+    assert "--flf2v: the model sees CLIP features of both frames" in error_of(monkeypatch, *given, "--flf2v")
+    both = error_of(monkeypatch, *given, "--flf2v", "--one_frame", "--clip", models["clip"])
+    assert "--flf2v, --one_frame: are for different datasets" in both
+    assert "needs video datasets" in error_of(monkeypatch, *given, "--flf2v", "--clip", models["clip"])
     assert "Did you mean '--skip_existing'?" in error_of(monkeypatch, *given, "--skip_exsting")
     assert "--batch_size 0: must be at least 1" in error_of(monkeypatch, *given, "--batch_size", 0)
     assert not (tmp_path / "cache_i").exists()
