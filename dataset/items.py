@@ -17,7 +17,7 @@ from utils.options import suggest
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
-VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".gif")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ def _from_directory(config: DatasetConfig) -> list[Source]:
     key = f"{config.kind}_directory"
     is_video = config.kind == "video"
     paths = media_in(_require_folder(config.directory, config, key), VIDEO_SUFFIXES if is_video else IMAGE_SUFFIXES)
+    # A GIF beside a video of the same name is its preview.
+    stems = {path.stem for path in paths if path.suffix.lower() != ".gif"}
+    paths = [path for path in paths if path.suffix.lower() != ".gif" or path.stem not in stems]
     if not paths:
         raise UserError(
             f"{config.where}: {key} {config.directory}: there are no {config.kind}s in this folder",

@@ -253,13 +253,30 @@ def _probe_video(path: Path) -> tuple[tuple[int, int], int]:
             raise MediaError(f"{path}: holds no frames")
         size = (first.height, first.width) if round(first.rotation / 90) % 2 else (first.width, first.height)
     with av.open(str(path)) as container:
-        return size, sum(1 for packet in container.demux(_video_stream(container)) if packet.size)
+        packets = container.demux(_video_stream(container))
+        # Frames that an edit list cuts away, as phones do, come along to be decoded, but are not shown.
+        return size, sum(1 for packet in packets if packet.size and not packet.is_discard)
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise MediaError(f"{container.name}: holds no video stream")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:  # decoding would end the process, before PyAV 18.1
+        raise MediaError(f"{container.name}: is in a codec that cannot be decoded")
+    _refuse_cut_off(container, stream)
+    return stream
+
+
+def _refuse_cut_off(container: av.container.InputContainer, stream: av.VideoStream) -> None:
+    """Raise MediaError where the index of an mp4 or mov file names frames behind the file's end.
+
+    A copy that broke off is read up to there, often without an error, and its last frame may be damaged.
+    """
+    if "mp4" in container.format.name.split(","):
+        missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
+        if missing:
+            raise MediaError(f"{container.name}: is cut off, {missing} frames are missing")
 
 
 @contextlib.contextmanager
