@@ -26,6 +26,7 @@ from modules.preview import PreviewOptions, preview
 from utils.devices import default_device, parse_dtype
 from utils.errors import run_script
 from utils.files import require_file
+from utils.identity import weights_identity
 from utils.options import option, parse_options
 from wan.clip import ClipOptions
 from wan.vae import VaeOptions
@@ -60,7 +61,9 @@ def main() -> None:
         names = T2V
     dtype = parse_dtype(vae.vae_dtype or "bfloat16")
     load = functools.partial(load_latent_encoders, vae, clip, dtype, default_device(caching.device))
-    cache_latents(configs, load, dtype, caching, names).report()
+    weights = {"vae": vae.vae, "clip": clip.clip}
+    models = {name: weights_identity(path, f"--{name}") for name, path in weights.items() if path}
+    cache_latents(configs, load, dtype, caching, names, models).report()
 
 
 if __name__ == "__main__":

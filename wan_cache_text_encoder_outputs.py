@@ -13,6 +13,7 @@ from modules.text_caching import cache_texts, load_text_encoder
 from utils.devices import default_device
 from utils.errors import run_script
 from utils.files import require_file
+from utils.identity import weights_identity
 from utils.options import parse_options
 from wan.t5 import T5Options
 
@@ -22,7 +23,8 @@ def main() -> None:
     configs = load_config(data.dataset_config, caching.batch_size)
     require_file(t5.t5, "--t5", "the weights of the text encoder")
     load = functools.partial(load_text_encoder, t5, default_device(caching.device))
-    cache_texts(configs, load, caching).report()
+    identity = weights_identity(t5.t5, "--t5") + " fp8" * t5.fp8_t5
+    cache_texts(configs, load, caching, models={"t5": identity}).report()
 
 
 if __name__ == "__main__":

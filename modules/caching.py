@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from dataset.cache import may_be_deleted
+from dataset.cache import may_be_deleted, tells_how_made
 from dataset.config import DatasetConfig
 from utils.errors import UserError
-from utils.files import require_writable_folder
+from utils.files import remove_leftovers, require_writable_folder
 from utils.options import option
 
 logger = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_NAMED = 10  # files in one line of the log
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class CachingOptions:
     num_workers: int | None = option(
         None, "threads that read media ahead of the encoder (default: CPU cores - 1); captions need none"
     )
-    skip_existing: bool = option(False, "keep cache files that are complete and fit, without reading their media")
+    skip_existing: bool = option(
+        False, "keep cache files that are complete and still match, without decoding; says why of the others"
+    )
     keep_cache: bool = option(False, "do not delete cache files that no media file of the dataset belongs to any more")
+    dry_run: bool = option(False, "only tell what would be encoded, written and deleted; no file is made or changed")
 
 
 @dataclass
@@ -44,9 +48,13 @@ class CachingResult:
     kept: list[Path] = field(default_factory=list)
     failed: dict[Path, str] = field(default_factory=dict)  # media file > why
     deleted: list[Path] = field(default_factory=list)
+    dry_run: bool = False
 
     def report(self) -> None:
         """Log what was done in a line, and each media file that could not be used; UserError when nothing is there."""
+        if self.dry_run:
+            logger.info("dry run: nothing was written, changed or deleted")
+            return
         if not self.written and not self.kept:
             first = next(iter(self.failed.values()), "no examples")
             raise UserError(f"nothing could be cached; files that failed: {len(self.failed)}, the first: {first}")
@@ -76,25 +84,58 @@ def check_run(configs: Sequence[DatasetConfig], options: CachingOptions) -> None
     """Raise UserError for what would fail only after the encoder has been loaded."""
     if options.num_workers is not None and options.num_workers < 0:
         raise UserError(f"--num_workers {options.num_workers}: must be 0 or more", "leave it out")
+    would = "would be removed" if options.dry_run else "removed"
     for config in configs:
-        require_writable_folder(config.cache_directory, f"{config.where}: cache_directory")
+        if not options.dry_run:
+            require_writable_folder(config.cache_directory, f"{config.where}: cache_directory")
+        for path in remove_leftovers(config.cache_directory, options.dry_run):
+            logger.info("%s, left by a run that was killed: %s", would, path)
 
 
 def log_reasons(reasons: Counter) -> None:
+    """Log why cache files are made again, a line for each reason."""
     for reason, count in reasons.most_common():
-        logger.info("%d cache files to make: %s", count, reason)
+        logger.info("%s: %s", items(count), reason)
 
 
-def delete_stale(config: DatasetConfig, candidates: Iterable[Path], keep: bool) -> list[Path]:
-    """Delete the cache files for Wan among the candidates, or only name them; anything else is left alone."""
-    deleted = []
-    for path in candidates:
-        if not may_be_deleted(path, config):
-            logger.warning("%s: is not a complete cache file of this dataset; left alone", path)
-        elif keep:
-            logger.info("no longer used: %s", path)
-        else:
-            logger.info("deleted, no media file belongs to it: %s", path)
-            path.unlink()
-            deleted.append(path)
-    return deleted
+def note_untold(kept: Iterable[Path]) -> None:
+    """Log in a line how many of the cache files kept do not say how they were made."""
+    untold = [path for path in kept if not tells_how_made(path)]
+    if untold:
+        logger.info(
+            "%s: the cache files do not tell how they were made (musubi-tuner's do not); "
+            "kept, as name, shapes and number format fit, the first %s",
+            items(len(untold)),
+            untold[0],
+        )
+
+
+def items(count: int) -> str:
+    return "1 item" if count == 1 else f"{count:,} items"
+
+
+def delete_stale(config: DatasetConfig, candidates: Iterable[Path], options: CachingOptions) -> list[Path]:
+    """Delete those of the files that say that they were made for this dataset, after listing them, and return them.
+
+    Anything else is named and left alone.
+    """
+    candidates = list(candidates)
+    stale = [path for path in candidates if may_be_deleted(path, config)]
+    if others := [path for path in candidates if path not in set(stale)]:
+        named = ", ".join(path.name for path in others[:_NAMED])
+        more = f" and {len(others) - _NAMED:,} more" if len(others) > _NAMED else ""
+        logger.warning(
+            "%s: files that are not known to be caches of this dataset; left alone, but training takes what it can of "
+            "them: %s%s",
+            config.cache_directory,
+            named,
+            more,
+        )
+    does = "no longer used" if options.keep_cache else "would be deleted" if options.dry_run else "to be deleted"
+    for path in stale:
+        logger.info("%s, no media file of the dataset belongs to it: %s", does, path)
+    if options.keep_cache or options.dry_run:
+        return []
+    for path in stale:
+        path.unlink(missing_ok=True)  # another run may have been faster
+    return stale

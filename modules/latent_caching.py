@@ -1,8 +1,9 @@
 """Media > encoders > latent cache files: skips what is done, names what failed, deletes what is stale."""
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from dataset.cache import latent_files, latent_path, media_name, why_remake_late
 from dataset.config import DatasetConfig, ImageConfig
 from dataset.items import DatasetItem, Source, find_sources
 from dataset.media import Clip, MediaError, plan_items, read_clips
-from modules.caching import CachingOptions, CachingResult, ahead, check_run, delete_stale, log_reasons
+from dataset.provenance import Making
+from modules.caching import CachingOptions, CachingResult, ahead, check_run, delete_stale, log_reasons, note_untold
+from modules.dry_run import log_plan
 from utils.devices import compute_dtype
 from utils.errors import UserError
 from wan.clip import ClipOptions, ImageEncoder, load_clip
@@ -62,18 +65,22 @@ def cache_latents(
     dtype: torch.dtype,
     options: CachingOptions,
     names: Sequence[str] = T2V,
+    models: Mapping[str, str] | None = None,
 ) -> CachingResult:
     """Write the latent cache files of all datasets.
 
     load_encoders: called once, when the first example has been read. dtype: of the cached latents. names: the tensors
     wanted: T2V, I2V, ONE_FRAME or one without clip; latents_control comes along where a dataset has control files.
+    models: identities of the encoders' weights by option, which the files tell, and by which old ones are judged.
     """
     if "f_indices" in names:
         _require_one_frame_keys(configs)
     sources = [(config, source) for config in configs for source in find_sources(config)]
     check_run(configs, options)
-    result, reasons = CachingResult(), Counter()
-    writer = _LatentWriter(load_encoders, dtype, names, options.batch_size)
+    result, reasons = CachingResult(dry_run=options.dry_run), Counter()
+    making = Making(kind_of(names), models or {})
+    planned: dict[Path, int] = {}
+    writer = _LatentWriter(load_encoders, dtype, names, options.batch_size, making)
     expected: dict[Path, set[Path]] = {config.cache_directory: set() for config in configs}
     failed: dict[Path, set[str]] = {config.cache_directory: set() for config in configs}
 
@@ -82,7 +89,7 @@ def cache_latents(
     def read(job: tuple[DatasetConfig, Source]) -> _Read:
         config, source = job
         cached = present[config.cache_directory].get(source.name, set())
-        return _read(config, source, names, dtype, cached if options.skip_existing else None)
+        return _read(config, source, names, dtype, cached if options.skip_existing else None, making, options.dry_run)
 
     with tqdm(total=len(sources), unit="file", desc="latents") as progress:
         for found in ahead(read, sources, options.num_workers):
@@ -94,20 +101,39 @@ def cache_latents(
             expected[folder].update(found.expected)
             result.kept += found.kept
             reasons.update(found.reasons)
+            for item in found.planned:
+                planned[latent_path(found.config, item)] = _bytes(found.config, item, names, dtype)
             for clip in found.clips:
                 writer.add(found.config, clip)
             progress.update()
         writer.finish()
     result.written += writer.written
-    if options.skip_existing:
+    if options.skip_existing or options.dry_run:
         log_reasons(reasons)
+        note_untold(result.kept)
+    log_plan(configs, planned)
     for config in configs:
         folder = config.cache_directory
         stale = [path for path in latent_files(config) if path not in expected[folder]]
         # What could not be read this time may be readable again: its caches stay.
         stale = [path for path in stale if media_name(config, path) not in failed[folder]]
-        result.deleted += delete_stale(config, stale, options.keep_cache)
+        result.deleted += delete_stale(config, stale, options)
     return result
+
+
+def kind_of(names: Sequence[str]) -> str:
+    """Return what is trained on caches with these tensors: t2v, i2v or one_frame."""
+    return "one_frame" if "f_indices" in names else "i2v" if "latents_image" in names else "t2v"
+
+
+def _bytes(config: DatasetConfig, item: DatasetItem, names: Sequence[str], dtype: torch.dtype) -> int:
+    """Return about how large the cache file of an example becomes."""
+    controls = len(item.source.controls)
+    one_frame = "f_indices" in names
+    frames = controls + 1 if one_frame else (item.frames + 3) // 4
+    channels = 16 + 20 * ("latents_image" in names) + 16 * (bool(controls) and not one_frame)
+    features = 257 * 1280 * 2 * ("clip" in names) * (controls if one_frame else 1)
+    return channels * frames * (item.height // 8) * (item.width // 8) * dtype.itemsize + features + 1500
 
 
 def _require_one_frame_keys(configs: Sequence[DatasetConfig]) -> None:
@@ -128,6 +154,7 @@ class _Read:
     kept: list[Path] = field(default_factory=list)  # those among them that are there and fit
     clips: list[Clip] = field(default_factory=list)  # those to be encoded
     reasons: list[str] = field(default_factory=list)  # why, one for each clip
+    planned: list[DatasetItem] = field(default_factory=list)  # in a dry run, in place of the clips
     error: str | None = None
 
 
@@ -140,26 +167,45 @@ def _by_media(config: DatasetConfig) -> dict[str, set[Path]]:
 
 
 def _read(
-    config: DatasetConfig, source: Source, names: Sequence[str], dtype: torch.dtype, present: set[Path] | None
+    config: DatasetConfig,
+    source: Source,
+    names: Sequence[str],
+    dtype: torch.dtype,
+    present: set[Path] | None,
+    making: Making,
+    dry_run: bool = False,
 ) -> _Read:
     """Return the examples of a media file and the pixels of those that are to be encoded.
 
-    present: the file's latent caches, to be kept where they fit; None to encode everything again.
+    present: the file's latent caches, to be kept where they match; None to encode everything again. dry_run: decode
+    nothing, but plan.
     """
     one_frame = "f_indices" in names
     names = [*names, "latents_control"] if source.controls and not one_frame else names
 
     def why(item: DatasetItem) -> str | None:
-        return why_remake_latents(config, item, names, dtype) if present is not None else "asked for"
+        return why_remake_latents(config, item, names, dtype, making) if present is not None else "asked for"
 
     try:
-        if present:
+        if present or dry_run:
             items = plan_items(source, config)
             paths = [latent_path(config, item) for item in items]
+            reasons = [why(item) for item in items]
             # A plan may miss examples at the end of an odd video. Caches that it does not know are no reason to
             # delete them, but one to decode the file.
-            if present <= set(paths) and not any(map(why, items)):
-                return _Read(config, source, expected=paths, kept=paths)
+            if dry_run or (present <= set(paths) and not any(reasons)):
+                to_make = [(item, reason) for item, reason in zip(items, reasons, strict=True) if reason]
+                return _Read(
+                    config,
+                    source,
+                    expected=paths,
+                    kept=[path for path, reason in zip(paths, reasons, strict=True) if not reason],
+                    reasons=[reason for _, reason in to_make],
+                    planned=[item for item, _ in to_make],
+                )
+        for path in (source.path, *source.controls):
+            with contextlib.suppress(OSError):  # of which reading the file tells more
+                making.media.look(path)
         clips = read_clips(source, config)
     except MediaError as error:
         return _Read(config, source, error=str(error))
@@ -184,9 +230,14 @@ class _LatentWriter:
     """Encodes examples in batches of one shape and writes their cache files; loads the encoders for the first."""
 
     def __init__(
-        self, load: Callable[[], LatentEncoders], dtype: torch.dtype, names: Sequence[str], batch_limit: int | None
+        self,
+        load: Callable[[], LatentEncoders],
+        dtype: torch.dtype,
+        names: Sequence[str],
+        batch_limit: int | None,
+        making: Making,
     ):
-        self.load, self.dtype, self.names, self.batch_limit = load, dtype, names, batch_limit
+        self.load, self.dtype, self.names, self.batch_limit, self.making = load, dtype, names, batch_limit, making
         self.encoders: LatentEncoders | None = None
         self.waiting: dict[tuple, tuple[DatasetConfig, list[Clip]]] = {}
         self.written: list[Path] = []
@@ -211,7 +262,7 @@ class _LatentWriter:
         else:
             encoded = encode_clips(self.encoders, clips, self.names)
         for clip, tensors in zip(clips, encoded, strict=True):
-            self.written.append(write_latents(config, clip.item, tensors, self.dtype))
+            self.written.append(write_latents(config, clip.item, tensors, self.dtype, self.making))
 
 
 @torch.no_grad()
