@@ -169,6 +169,27 @@ def _controls_needed(config: DatasetConfig) -> int:
     return len(getattr(config, "fp_1f_clean_indices", None) or (0,))
 
 
+def captions_now(config: DatasetConfig, names: Iterable[str]) -> dict[str, str]:
+    """Return the captions of media files by their names, as far as the caption files or the JSONL file are there.
+
+    The media need not be. Raises UserError for what cannot be read as captions.
+    """
+    if config.jsonl_file:
+        if not config.jsonl_file.is_file():
+            return {}
+        return {_name_once(source.path) or source.name: source.caption for source in _from_jsonl(config)}
+    if config.caption_extension is None:
+        return {}
+    paths = {name: config.directory / f"{name}{config.caption_extension}" for name in names}
+    return {name: _read_caption(path) for name, path in paths.items() if path.is_file()}
+
+
+def _name_once(path: Path) -> str | None:
+    """Return the name of what was a folder of frames and is gone, or None: its last dot began no suffix."""
+    gone = not path.exists() and path.suffix.lower() not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    return path.name if gone else None
+
+
 # ----------------------------------------------------------------------------------------------------------- JSONL
 def _from_jsonl(config: DatasetConfig) -> list[Source]:
     path = require_file(config.jsonl_file, f"{config.where}: {config.kind}_jsonl_file", "the list")
