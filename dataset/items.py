@@ -246,10 +246,20 @@ def _located(name: Any, jsonl_file: Path) -> Path:
 
 def _refuse_equal_names(sources: list[Source], config: DatasetConfig) -> None:
     seen: dict[str, Source] = {}
+    ignores_case = _ignores_case(config.cache_directory)
     for source in sources:
-        other = seen.setdefault(source.name, source)
+        other = seen.setdefault(source.name.casefold() if ignores_case else source.name, source)
         if other is not source:
             raise UserError(
                 f"{config.where}: {other.path} and {source.path} would share the cache files {source.name}_*",
                 "rename one of them, or put them into two datasets",
             )
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Tell whether `A` and `a` would be one file in a folder, by another spelling of its path, or of one above it."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        other = place.with_name(place.name.swapcase())
+        if place.is_dir() and other.name != place.name:
+            return other.is_dir() and other.samefile(place)
+    return False

@@ -69,6 +69,32 @@ def test_two_files_with_the_same_cache_name_are_an_error_naming_both(tmp_path: P
     assert "a.png" in error and "a.jpg" in error
 
 
+def test_two_lines_of_a_list_with_the_same_cache_name_are_an_error_naming_both(tmp_path: Path):
+    lines = [{"video_path": f"{name}.mp4", "caption": "x"} for name in ("1/a", "1/a_00000-013", "2/a")]
+    given = {"cache_directory": "c", "target_frames": [13]}
+    error = error_of(tmp_path, video_jsonl_file=write_jsonl(tmp_path / "v.jsonl", lines), **given)
+    assert str(Path("1/a.mp4")) in error and f"{Path('2/a.mp4')} would share the cache files a_*" in error
+    # The clips of `a` and of `a_00000-013` have names of their own.
+    assert len(sources_of(tmp_path, video_jsonl_file=write_jsonl(tmp_path / "v.jsonl", lines[:2]), **given)) == 2
+
+
+@pytest.mark.parametrize("ignores_case", [True, False])
+def test_names_that_differ_in_case_share_files_where_the_system_ignores_it(tmp_path: Path, monkeypatch, ignores_case):
+    swapped = tmp_path.with_name(tmp_path.name.swapcase())
+    is_dir, samefile = Path.is_dir, Path.samefile
+    if ignores_case:
+        monkeypatch.setattr(Path, "is_dir", lambda path: is_dir(tmp_path if path == swapped else path))
+        monkeypatch.setattr(
+            Path, "samefile", lambda path, other: samefile(tmp_path if path == swapped else path, other)
+        )
+    lines = [{"image_path": name, "caption": "x"} for name in ("1/Cat.png", "2/cat.png")]
+    given = {"image_jsonl_file": write_jsonl(tmp_path / "i.jsonl", lines), "cache_directory": tmp_path}
+    if ignores_case:
+        assert "Cat.png and" in error_of(tmp_path, **given)
+    else:
+        assert len(sources_of(tmp_path, **given)) == 2
+
+
 def test_jsonl_lines_give_paths_from_the_working_directory_or_beside_the_file(tmp_path: Path):
     folder = write_pictures(tmp_path / "i", {"a": (64, 64), "b": (64, 64)})
     lines = ['{"image_path": "i/b.png", "caption": " one "}', "", "  ", '{"image_path_0": "%s", "caption": ""}']
