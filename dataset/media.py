@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from dataset.buckets import choose_bucket
-from dataset.config import DatasetConfig, VideoConfig, clip_lengths
+from dataset.buckets import choose_bucket, control_size
+from dataset.config import DatasetConfig, ImageConfig, VideoConfig, clip_lengths
 from dataset.items import IMAGE_SUFFIXES, DatasetItem, Source, media_in
+from utils.errors import UserError
 
 FPS = 16  # what Wan's videos run at
 T = TypeVar("T")
@@ -41,14 +43,10 @@ def plan_items(source: Source, config: DatasetConfig) -> list[DatasetItem]:
     with _readable(source.path):
         if not isinstance(config, VideoConfig):
             return [_image_item(source, config, _image_size(source.path))]
-        if source.path.is_dir():
-            frames = _folder_frames(source.path)
-            size, count = _image_size(frames[0]), len(frames)
-        else:
-            size, count = _probe_video(source.path)
-        at_16_fps = resample(range(count), config.source_fps)
+        facts = probe_video(source.path)
+        at_16_fps = resample(range(facts.frames), config.source_fps)
         count = sum(1 for _ in itertools.islice(at_16_fps, frames_needed(config)))
-        return _video_items(source, config, size, count)
+        return _video_items(source, config, (facts.width, facts.height), count)
 
 
 def read_clips(source: Source, config: DatasetConfig) -> list[Clip]:
@@ -61,7 +59,7 @@ def read_clips(source: Source, config: DatasetConfig) -> list[Clip]:
             image = load_image(source.path)
         item = _image_item(source, config, (image.shape[1], image.shape[0]))
         size = item.width, item.height
-        controls = tuple(_resized_image(path, size)[None] for path in source.controls)
+        controls = tuple(_control_image(path, size, config)[None] for path in source.controls)
         return [Clip(item, resize_to_bucket(image, size)[None], controls)]
     size, frames = read_video(source.path, config)
     items = _video_items(source, config, size, len(frames))
@@ -98,8 +96,19 @@ def read_video(
 
 # ------------------------------------------------------------------------------------------------------- windows
 def resample(frames: Iterable[T], source_fps: float | None) -> Iterator[T]:
-    """Yield the frames that remain at 16 frames per second; all of them where the file's rate is None."""
-    return (frame for _, frame in at_16_fps(frames, source_fps))
+    """Yield the frames that a video has at 16 frames per second; all of them where the file's rate is None.
+
+    Of a faster file frames are left out; of a slower one the nearest frame is repeated, so that motion keeps its speed.
+    """
+    if source_fps is None or source_fps >= FPS:
+        yield from (frame for _, frame in at_16_fps(frames, source_fps))
+        return
+    shown = 0
+    for number, frame in enumerate(frames):
+        # The last 16th of a second at which this frame is not farther than the next.
+        last = math.floor((number + 0.5) * FPS / source_fps)
+        yield from itertools.repeat(frame, last + 1 - shown)
+        shown = last + 1
 
 
 def at_16_fps(frames: Iterable[T], source_fps: float | None) -> Iterator[tuple[int, T]]:
@@ -225,9 +234,50 @@ def _upright(pixels: np.ndarray, rotation: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
 
 
-def _resized_image(path: Path, bucket: tuple[int, int]) -> np.ndarray:
+def _control_image(path: Path, bucket: tuple[int, int], config: ImageConfig) -> np.ndarray:
     with _readable(path):
-        return resize_to_bucket(load_image(path), bucket)
+        image = load_image(path)
+    height, width = image.shape[:2]
+    size = control_size(config.no_resize_control, config.control_resolution, (width, height), bucket)
+    if size != bucket:
+        shown = f"{size[0]}x{size[1]}, but its picture {bucket[0]}x{bucket[1]}"
+        raise MediaError(f"{path}: the control picture would be {shown}; Wan needs both of one size")
+    if config.no_resize_control and width - size[0] in range(16) and height - size[1] in range(16):
+        left, top = (width - size[0]) // 2, (height - size[1]) // 2
+        return np.ascontiguousarray(image[top : top + size[1], left : left + size[0]])
+    return resize_to_bucket(image, size)
+
+
+def require_fitting_controls(config: DatasetConfig, sources: Iterable[Source]) -> None:
+    """Raise UserError where no_resize_control or control_resolution make a control of another size than its picture.
+
+    Wan takes both in the same places, so that nothing could be trained. Only headers are read; what is unreadable is
+    passed over.
+    """
+    if not isinstance(config, ImageConfig) or not (config.no_resize_control or config.control_resolution):
+        return
+    keys = "no_resize_control" if config.no_resize_control else "control_resolution"
+    for source in sources:
+        try:
+            bucket = choose_bucket(
+                config.resolution, config.enable_bucket, config.bucket_no_upscale, _size(source.path)
+            )
+            sizes = {path: _size(path) for path in source.controls}
+        except MediaError:
+            continue
+        for path, own in sizes.items():
+            size = control_size(config.no_resize_control, config.control_resolution, own, bucket)
+            if size != bucket:
+                shown = f"{size[0]}x{size[1]}, but {source.path.name} {bucket[0]}x{bucket[1]}"
+                raise UserError(
+                    f"{config.where}: {keys}: the control picture {path} would be {shown}; Wan needs both of one size",
+                    f"leave {keys} out, and controls are resized like their pictures",
+                )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with _readable(path):
+        return _image_size(path)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
@@ -244,16 +294,32 @@ def _folder_frames(path: Path) -> list[Path]:
     return frames
 
 
-def _probe_video(path: Path) -> tuple[tuple[int, int], int]:
-    """Return (width, height) of a video's first frame, upright, and its number of packets."""
-    with av.open(str(path)) as container:
-        stream = _video_stream(container)
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise MediaError(f"{path}: holds no frames")
-        size = (first.height, first.width) if round(first.rotation / 90) % 2 else (first.width, first.height)
-    with av.open(str(path)) as container:
-        return size, sum(1 for packet in container.demux(_video_stream(container)) if packet.size)
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a video says of itself without being decoded; a damaged file may not keep it."""
+
+    width: int  # pixels of the first frame, upright
+    height: int
+    frames: int  # counted by packets
+    fps: float | None  # None for a folder of pictures, and where the file does not tell
+
+
+def probe_video(path: Path) -> VideoFacts:
+    """Return what a video file, or a folder of pictures, holds; only the first frame is decoded. Raises MediaError."""
+    with _readable(path):
+        if path.is_dir():
+            frames = _folder_frames(path)
+            return VideoFacts(*_image_size(frames[0]), len(frames), None)
+        with av.open(str(path)) as container:
+            stream = _video_stream(container)
+            rate = float(stream.average_rate or 0) or None
+            first = next(container.decode(stream), None)
+            if first is None:
+                raise MediaError(f"{path}: holds no frames")
+            size = (first.height, first.width) if round(first.rotation / 90) % 2 else (first.width, first.height)
+        with av.open(str(path)) as container:
+            frames = sum(1 for packet in container.demux(_video_stream(container)) if packet.size)
+        return VideoFacts(*size, frames, rate)
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dataset.cache import latent_files, latent_path, media_name, why_remake_latents, write_latents
 from dataset.config import DatasetConfig, ImageConfig
 from dataset.items import DatasetItem, Source, find_sources
-from dataset.media import Clip, MediaError, plan_items, read_clips
+from dataset.media import Clip, MediaError, plan_items, read_clips, require_fitting_controls
 from modules.caching import CachingOptions, CachingResult, ahead, check_run, delete_stale, log_reasons
 from utils.devices import compute_dtype
 from utils.errors import UserError
@@ -69,9 +69,11 @@ def cache_latents(
     wanted: T2V, I2V, ONE_FRAME or one without clip; latents_control comes along where a dataset has control files.
     """
     if "f_indices" in names:
-        _require_one_frame_keys(configs)
+        require_one_frame_keys(configs)
     sources = [(config, source) for config in configs for source in find_sources(config)]
     check_run(configs, options)
+    for config in configs:
+        require_fitting_controls(config, [source for its, source in sources if its is config])
     result, reasons = CachingResult(), Counter()
     writer = _LatentWriter(load_encoders, dtype, names, options.batch_size)
     expected: dict[Path, set[Path]] = {config.cache_directory: set() for config in configs}
@@ -110,7 +112,8 @@ def cache_latents(
     return result
 
 
-def _require_one_frame_keys(configs: Sequence[DatasetConfig]) -> None:
+def require_one_frame_keys(configs: Sequence[DatasetConfig]) -> None:
+    """Raise UserError for a dataset that does not say where in time its pictures are."""
     for config in configs:
         if getattr(config, "fp_1f_clean_indices", None) is None:
             raise UserError(

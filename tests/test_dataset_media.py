@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from dataset.media import (
     load_image,
     plan_items,
     read_clips,
+    require_fitting_controls,
+    resample,
     resize_to_bucket,
 )
 from tests.media import drawing, write_pictures, write_video
+from utils.errors import UserError
 
 
 def video_config(**keys: object) -> VideoConfig:
@@ -45,6 +49,24 @@ def test_resampling_keeps_the_frames_of_the_recorded_table(golden: Path):
     for fps, frames, start, stop, kept in json.loads((golden / "frames.json").read_text())["fps"]:
         stop = float("inf") if stop is None else stop
         assert [i for time, i in at_16_fps(range(frames), fps) if (start or 0) <= time < stop] == kept
+
+
+def test_below_16_frames_per_second_the_nearest_frame_is_repeated():
+    assert list(resample(range(4), 8.0)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert list(resample(range(6), 12.0)) == [0, 1, 1, 2, 3, 4, 4, 5]
+    for fps in (1.0, 7.5, 12.0, 14.985, 15.0, 15.999):
+        shown = list(resample(range(200), fps))
+        assert shown == sorted(shown) and set(shown) == set(range(200))
+        assert abs(len(shown) / 16 - 200 / fps) <= 0.5 / fps + 1 / 16
+        assert all(abs(frame / fps - place / 16) <= 0.5 / fps + 1e-9 for place, frame in enumerate(shown))
+
+
+def test_a_slow_video_keeps_its_speed(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", frames=10, fps=8)
+    config = video_config(target_frames=(17,), source_fps=8.0)
+    (clip,) = read_clips(video(path), config)
+    assert [frame_number(pixels) for pixels in clip.pixels] == [i // 2 for i in range(17)]
+    assert plan_items(video(path), config) == [clip.item]
 
 
 def test_resizing_gives_the_recorded_pixels(golden: Path, recipe):
@@ -129,6 +151,40 @@ def test_a_control_video_that_is_too_short_stays_on_its_last_frame(tmp_path: Pat
     (clip,) = read_clips(video(path, (control,)), video_config(target_frames=(9,)))
     frames = clip.controls[0]
     assert frames.shape == clip.pixels.shape and (frames[2:] == frames[2]).all() and (frames[1] != frames[2]).any()
+
+
+def control_config(**keys: object) -> ImageConfig:
+    return ImageConfig(where="test", cache_directory=Path("c"), resolution=(96, 64), enable_bucket=True, **keys)
+
+
+def test_a_control_picture_that_is_not_to_be_resized_is_cut_where_that_fits(tmp_path: Path):
+    write_pictures(tmp_path, {"a": (96, 64), "control": (104, 70), "large": (192, 128)})
+    source = Source(tmp_path / "a.png", "x", is_video=False, controls=(tmp_path / "control.png",))
+    (clip,) = read_clips(source, control_config(no_resize_control=True))
+    np.testing.assert_array_equal(clip.controls[0][0], drawing(0, 104, 70)[3:67, 4:100])
+    (clip,) = read_clips(source, control_config(control_resolution=(96, 64)))
+    assert clip.controls[0].shape == (1, 64, 96, 3)
+    require_fitting_controls(control_config(no_resize_control=True), [source])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"no_resize_control": True},
+            "large.png would be 192x128, but a.png 96x64; Wan needs both of one size. Leave no_",
+        ),
+        ({"control_resolution": (128, 128)}, "large.png would be 160x96, but a.png 96x64; Wan needs both of one size."),
+    ],
+)
+def test_a_control_picture_that_would_not_fit_is_an_error_with_the_fix(tmp_path: Path, keys: dict, message: str):
+    write_pictures(tmp_path, {"a": (96, 64), "large": (192, 128)})
+    source = Source(tmp_path / "a.png", "x", is_video=False, controls=(tmp_path / "large.png",))
+    with pytest.raises(UserError, match=re.escape(message)):
+        require_fitting_controls(control_config(**keys), [source])
+    with pytest.raises(MediaError, match="Wan needs both of one size"):
+        list(read_clips(source, control_config(**keys)))
+    require_fitting_controls(control_config(), [source])
 
 
 def test_a_picture_is_turned_by_its_exif_tag(tmp_path: Path):
