@@ -1,9 +1,11 @@
 """Cache the latents of every image and video of a dataset.
 
+python wan_cache_latents.py --dataset_config data.toml --report
 python wan_cache_latents.py --dataset_config data.toml --vae wan_2.1_vae.safetensors
 
-For image-to-video add --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth. What the dataset file may say is
-in docs/dataset_config.md.
+The first tells what comes out of every file, the second encodes it. For image-to-video add
+--clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth. What the dataset file may say is in
+docs/dataset_config.md.
 """
 
 import functools
@@ -13,6 +15,8 @@ import torch
 
 from dataset.config import DatasetOptions, load_config
 from modules.caching import CachingOptions
+from modules.dataset_page import check_outputs, write_report
+from modules.dataset_report import ReportOptions, examine
 from modules.latent_caching import (
     I2V,
     I2V_WITHOUT_CLIP,
@@ -41,17 +45,9 @@ class LatentOptions:
 
 
 def main() -> None:
-    data, vae, clip, latents, caching, previewing = parse_options(
-        __doc__, DatasetOptions, VaeOptions, ClipOptions, LatentOptions, CachingOptions, PreviewOptions
-    )
+    groups = DatasetOptions, VaeOptions, ClipOptions, LatentOptions, CachingOptions, ReportOptions, PreviewOptions
+    data, vae, clip, latents, caching, reporting, previewing = parse_options(__doc__, *groups)
     configs = load_config(data.dataset_config, caching.batch_size)
-    if previewing.debug_mode:
-        preview(configs, previewing)
-        return
-    require_file(vae.vae, "--vae", "the weights of the VAE")
-    if clip.clip:
-        require_file(clip.clip, "--clip", "the weights of the CLIP image encoder")
-    torch.backends.cudnn.enabled = not latents.disable_cudnn_backend
     if latents.one_frame:
         names = ONE_FRAME if clip.clip else ONE_FRAME_WITHOUT_CLIP
     elif latents.i2v or clip.clip:
@@ -59,6 +55,17 @@ def main() -> None:
     else:
         names = T2V
     dtype = parse_dtype(vae.vae_dtype or "bfloat16")
+    if reporting.wanted:
+        check_outputs(reporting)
+        write_report(examine(configs, names, dtype, caching.num_workers, bool(reporting.report_html)), reporting)
+    if previewing.debug_mode:
+        preview(configs, previewing)
+    if reporting.wanted or previewing.debug_mode:
+        return
+    require_file(vae.vae, "--vae", "the weights of the VAE")
+    if clip.clip:
+        require_file(clip.clip, "--clip", "the weights of the CLIP image encoder")
+    torch.backends.cudnn.enabled = not latents.disable_cudnn_backend
     load = functools.partial(load_latent_encoders, vae, clip, dtype, default_device(caching.device))
     cache_latents(configs, load, dtype, caching, names).report()
 
