@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dataset.config import ImageConfig, VideoConfig, dataset_metadata, load_config
-from dataset.config_keys import IMAGE, VIDEO
+from dataset.config_keys import IMAGE, OLD_SPELLINGS, VIDEO
 from tests.media import write_toml
 from utils.errors import UserError
 
@@ -204,6 +204,10 @@ def test_every_example_in_the_docs_is_a_valid_dataset_file(tmp_path: Path):
     assert len(examples) >= 6 and all(load_config(config_text(tmp_path, text)) for text in examples)
 
 
-def test_the_docs_name_every_key(tmp_path: Path):
+def test_the_docs_have_an_example_and_a_line_for_every_key():
     page = (Path(__file__).parent.parent / "docs" / "dataset_config.md").read_text(encoding="utf-8")
-    assert {key for key in IMAGE.keys() | VIDEO.keys() if f"`{key}`" not in page} == set()
+    examples = "\n".join(re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
+    table = page[page.index("## Every key") :]
+    keys = IMAGE.keys() | VIDEO.keys()
+    assert {key for key in keys if not re.search(rf"^{key} = ", examples, re.MULTILINE)} == set()
+    assert {key for key in keys | OLD_SPELLINGS.keys() if f"`{key}`" not in table} == set()
