@@ -26,9 +26,7 @@ RIGHT = {  # values that are right, so that datasets come out as well
     "enable_bucket": [True],
     "source_fps": [30, 29.97, 8],
 }
-texts = st.text(max_size=12) | st.sampled_from(
-    ["", "~", "~x/y", "/", "a\x00b", "\ud800", "C:\\new", "x" * 260]
-)
+texts = st.text(max_size=12) | st.sampled_from(["", "~", "~x/y", "/", "a\x00b", "\ud800", "C:\\new", "x" * 260])
 numbers = st.integers() | st.sampled_from([0, -1, 10**9, 10**30, 10**400]) | st.floats()
 scalars = texts | numbers | st.booleans() | st.none() | st.dates()
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(texts, v, max_size=2), max_leaves=6)

@@ -203,6 +203,42 @@ def test_alpha_is_dropped_and_16_bits_are_scaled_to_8(tmp_path: Path):
     assert (load_image(tmp_path / "deep.png") == 200).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "off"),
+    [
+        ("ä [1].jpg", "CMYK", 8),
+        ("散歩 (2).png", "RGBA", 0),
+        ("palette.png", "P", 8),
+        ("x.webp", "RGB", 8),
+        ("x.bmp", "RGB", 0),
+        ("gray.jpg", "L", 3),
+        ("gray and alpha.png", "LA", 0),
+        ("two colours.png", "1", 0),
+    ],
+)
+def test_pictures_of_every_kind_become_rgb(tmp_path: Path, name: str, mode: str, off: float):
+    wanted = Image.fromarray(drawing(0)).convert(mode)
+    wanted.save(tmp_path / name)
+    shown = load_image(tmp_path / name)
+    assert shown.dtype == np.uint8 and shown.shape == (64, 96, 3)
+    assert np.abs(shown.astype(int) - np.array(wanted.convert("RGB"))).mean() <= off
+
+
+def test_frames_of_a_folder_are_turned_upright_and_brought_to_the_first_ones_size(tmp_path: Path):
+    folder = write_pictures(tmp_path / "frames [1] ü", {"a": (96, 64), "b": (192, 128)}, caption=None)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    Image.fromarray(np.rot90(drawing(0))).save(folder / "c.png", exif=sideways)
+    Image.fromarray(drawing(0)).save(folder / "d.jpg", quality=95)
+    Image.fromarray(drawing(0)).convert("CMYK").save(folder / "e.jpeg", quality=95)
+    (folder / "notes.txt").write_text("no frame")
+    (clip,) = read_clips(video(folder), video_config(target_frames=(5,)))
+    assert clip.pixels.shape == (5, 64, 96, 3)
+    np.testing.assert_array_equal(clip.pixels[0], clip.pixels[2])
+    for frame in (3, 4):
+        assert np.abs(clip.pixels[frame].astype(int) - drawing(0)).mean() < 4
+
+
 def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path: Path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video at all" * 100)
