@@ -3,7 +3,7 @@
 python wan_cache_latents.py --dataset_config data.toml --vae wan_2.1_vae.safetensors
 
 For image-to-video add --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth. What the dataset file may say is
-in docs/dataset_config.md.
+in docs/dataset_config.md. On several GPUs: torchrun --nproc_per_node 2 wan_cache_latents.py ...
 """
 
 import functools
@@ -23,10 +23,11 @@ from modules.latent_caching import (
     load_latent_encoders,
 )
 from modules.preview import PreviewOptions, preview
-from utils.devices import default_device, parse_dtype
+from utils.devices import parse_dtype
 from utils.errors import run_script
 from utils.files import require_file
 from utils.options import option, parse_options
+from utils.processes import Processes, joined
 from wan.clip import ClipOptions
 from wan.vae import VaeOptions
 
@@ -41,12 +42,18 @@ class LatentOptions:
 
 
 def main() -> None:
+    with joined() as processes:
+        cache(processes)
+
+
+def cache(processes: Processes) -> None:
+    """Cache the share of this process, or all where it is alone."""
     data, vae, clip, latents, caching, previewing = parse_options(
         __doc__, DatasetOptions, VaeOptions, ClipOptions, LatentOptions, CachingOptions, PreviewOptions
     )
     configs = load_config(data.dataset_config, caching.batch_size)
     if previewing.debug_mode:
-        preview(configs, previewing)
+        processes.first(lambda: preview(configs, previewing))
         return
     require_file(vae.vae, "--vae", "the weights of the VAE")
     if clip.clip:
@@ -59,8 +66,8 @@ def main() -> None:
     else:
         names = T2V
     dtype = parse_dtype(vae.vae_dtype or "bfloat16")
-    load = functools.partial(load_latent_encoders, vae, clip, dtype, default_device(caching.device))
-    cache_latents(configs, load, dtype, caching, names).report()
+    load = functools.partial(load_latent_encoders, vae, clip, dtype, processes.device(caching.device))
+    cache_latents(configs, load, dtype, caching, names, processes).report(caching.strict)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,14 @@ def find_sources(config: DatasetConfig) -> list[Source]:
     return sources
 
 
+def uncaptioned(config: DatasetConfig) -> list[Path]:
+    """Return the media files of the dataset's folder that `find_sources` leaves out for want of a caption."""
+    if config.jsonl_file:
+        return []
+    paths = media_in(config.directory, VIDEO_SUFFIXES if config.kind == "video" else IMAGE_SUFFIXES)
+    return [path for path in paths if not path.with_name(path.stem + config.caption_extension).is_file()]
+
+
 # ---------------------------------------------------------------------------------------------------------- folder
 def _from_directory(config: DatasetConfig) -> list[Source]:
     key = f"{config.kind}_directory"
