@@ -144,8 +144,9 @@ def _write_all(
     writer = _LatentWriter(load_encoders, dtype, names, options.batch_size)
     batch = max((writer.batch_size(config) for config, _ in sources), default=1)
     reading = Ahead(read, sources, late, options.num_workers, options.decode_timeout, batch)
-    with tqdm(total=len(sources), unit="file", desc="latents", disable=not show_progress) as progress:
-        for (config, _), result in reading:
+    progress = tqdm(total=len(sources), unit="file", desc="latents", disable=not show_progress)
+    with progress, contextlib.closing(iter(reading)) as results:
+        for (config, _), result in results:
             if isinstance(result, Clip):
                 writer.add(config, result)
             else:

@@ -15,6 +15,11 @@ Last = TypeVar("Last")
 Read = Callable[[Job, Callable[[], None]], Generator[Result, None, Last]]
 _NOTHING_YET = object()
 _LONG = 3600.0  # seconds; how long to wait at a time where there is no limit
+_PATIENCE = 2.0  # seconds for threads to end in, when nobody wants their results any more
+
+
+class _NotWantedError(Exception):
+    """Nobody wants the results of a reading any more."""
 
 
 class Ahead(Generic[Job, Result, Last]):
@@ -23,7 +28,8 @@ class Ahead(Generic[Job, Result, Last]):
     workers: how many threads (default: CPU cores - 1). Each of them holds one result that has not been taken, or more
     where fewer than `batch` would be there together, and makes one more. A reading that has not got on for `timeout`
     seconds is given up with late(job) as its last result; its thread, which nothing can stop, gets a successor and does
-    not keep the process from ending. waited: seconds that the user of the results has waited for them.
+    not keep the process from ending. The other threads end when the iterator is closed. waited: seconds that the user
+    of the results has waited for them.
     """
 
     def __init__(
@@ -40,7 +46,7 @@ class Ahead(Generic[Job, Result, Last]):
         self.workers = workers or max(1, (os.cpu_count() or 2) - 1)
         self.depth = -(-batch // self.workers)
         self.tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()  # in order; None: a thread finds no more
-        self.slots: list[threading.Semaphore] = []
+        self.threads: list[tuple[threading.Thread, threading.Semaphore]] = []
         self.stopped = False
         self.waited = 0.0
 
@@ -57,8 +63,12 @@ class Ahead(Generic[Job, Result, Last]):
                     yield from self._results(task)
         finally:
             self.stopped = True
-            for slots in self.slots:
+            for _, slots in self.threads:
                 slots.release()
+            # Python would end threads in the midst of a decoder, which not all of those survive.
+            end = time.monotonic() + _PATIENCE
+            for thread, _ in self.threads:
+                thread.join(max(0.0, end - time.monotonic()))
 
     def _results(self, task: "_Task") -> Iterator[tuple[Job, Result | Last]]:
         while True:
@@ -74,6 +84,7 @@ class Ahead(Generic[Job, Result, Last]):
                     return
             elif self.timeout is not None and time.monotonic() - task.got_on >= self.timeout:
                 task.given_up = True
+                self.threads = [(thread, slots) for thread, slots in self.threads if slots is not task.slots]
                 self._start()
                 yield task.job, self.late(task.job)
                 return
@@ -88,8 +99,9 @@ class Ahead(Generic[Job, Result, Last]):
             self.waited += time.perf_counter() - start
 
     def _start(self) -> None:
-        self.slots.append(threading.Semaphore(self.depth))
-        threading.Thread(target=self._work, args=[self.slots[-1]], name="read ahead", daemon=True).start()
+        slots = threading.Semaphore(self.depth)
+        self.threads.append((threading.Thread(target=self._work, args=[slots], name="read ahead", daemon=True), slots))
+        self.threads[-1][0].start()
 
     def _work(self, slots: threading.Semaphore) -> None:
         while not self.stopped:
@@ -113,7 +125,12 @@ class Ahead(Generic[Job, Result, Last]):
                 return
 
     def _read(self, task: "_Task") -> None:
-        results = self.read(task.job, task.step)
+        def step() -> None:
+            if self.stopped or task.given_up:
+                raise _NotWantedError
+            task.got_on = time.monotonic()
+
+        results = self.read(task.job, step)
         while True:
             try:
                 answer = _Answer(next(results))
@@ -123,7 +140,7 @@ class Ahead(Generic[Job, Result, Last]):
             task.slots.acquire()
             if self.stopped or task.given_up:
                 return
-            task.step()
+            task.got_on = time.monotonic()
             task.answers.put(answer)
             del answer  # or it would be held while the next one is made
 
@@ -143,8 +160,4 @@ class _Task:
     def __init__(self, slots: threading.Semaphore):
         self.slots, self.job, self.given_up = slots, None, False
         self.answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
-        self.step()
-
-    def step(self) -> None:
-        """Take note that the reading gets on."""
-        self.got_on = time.monotonic()
+        self.got_on = time.monotonic()  # when it was last known to get on

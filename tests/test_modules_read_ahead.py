@@ -101,6 +101,20 @@ def test_a_fault_in_a_thread_is_raised_in_its_turn():
     assert taken == [0, None, 1, None]
 
 
+def test_threads_end_when_nobody_wants_their_results_any_more():
+    def read(job: int, step: Callable[[], None]) -> Generator[int, None, None]:
+        yield job
+        while True:
+            step()
+            time.sleep(0.01)
+
+    before = threading.active_count()
+    results = iter(Ahead(read, range(9), lambda job: None, workers=3))
+    assert next(results) == (0, 0) and threading.active_count() == before + 3
+    results.close()
+    assert threading.active_count() == before
+
+
 def test_what_the_user_has_waited_is_counted():
     def read(job: int, step: Callable[[], None]) -> Generator[int, None, None]:
         time.sleep(0.2)
