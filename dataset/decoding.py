@@ -18,8 +18,9 @@ from dataset.items import IMAGE_SUFFIXES, media_in
 
 # Frames that are decoded one after the other rather than jumped over.
 _NEAR = 48
-# More would only keep more frames of each video in memory: several are decoded at once.
-_THREADS = min(4, os.cpu_count() or 1)
+# Of a decoder. More would take cores from an encoder on the CPU, and memory: each keeps a frame, of every video that is
+# being decoded.
+_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 class MediaError(Exception):

@@ -1,4 +1,5 @@
 import random
+import weakref
 from pathlib import Path
 
 import av
@@ -105,6 +106,33 @@ def test_only_what_is_wanted_is_decoded(files):
     (last,) = reading
     np.testing.assert_array_equal(last.pixels, every[-1].pixels)
     assert last.item == every[-1].item and len(steps) < FRAMES + 70  # all packets for the index, few frames
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"frame_extraction": "chunk", "target_frames": (5, 25)},
+        {"frame_extraction": "slide", "frame_stride": 2, "target_frames": (25,)},
+        {"frame_extraction": "uniform", "frame_sample": 40, "target_frames": (9, 25)},
+    ],
+)
+def test_no_more_frames_are_held_than_the_longest_clip_has(files, monkeypatch, keys):
+    alive = weakref.WeakSet()
+    monkeypatch.setattr("dataset.media.resize_to_bucket", lambda frame, bucket: Tracked(frame, alive))
+    peak = max(len(alive) for _ in read_clips(Source(files["b_frames.mp4"], "x", True), video_config(**keys)))
+    assert 20 <= peak <= 25
+
+
+class Tracked(np.ndarray):
+    """A frame of which we can tell whether anybody holds it."""
+
+    def __new__(cls, frame: np.ndarray, alive: weakref.WeakSet) -> "Tracked":
+        tracked = frame.view(cls)
+        alive.add(tracked)
+        return tracked
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
 def test_the_control_of_a_window_is_cut_alike_and_stays_on_its_last_frame(files):

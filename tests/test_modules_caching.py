@@ -221,6 +221,34 @@ def test_a_changed_caption_is_encoded_again_and_equal_captions_once(tmp_path: Pa
     assert read_header(tmp_path / "cache" / "b_wan_te.safetensors").metadata["caption1"] == "a blue square"
 
 
+def test_a_caption_of_several_datasets_is_encoded_once_and_batches_are_of_like_length(tmp_path: Path, text_encoder):
+    folders = [write_pictures(tmp_path / name, {f"{name}{i}": (64, 64) for i in range(5)}) for name in "xy"]
+    captions = ["a red square", "a " * 30, "on", "a " * 29, "red"]
+    for folder in folders:
+        for i, caption in enumerate(captions):
+            (folder / f"{folder.name}{i}.txt").write_text(caption)
+    configs = load_config(
+        write_toml(tmp_path / "d.toml", GENERAL, *({"image_directory": folder} for folder in folders))
+    )
+    batches: list[list[str]] = []
+
+    class Noting(TextEncoder):
+        def encode(self, prompts: list[str]) -> list[torch.Tensor]:
+            batches.append(prompts)
+            return super().encode(prompts)
+
+    noting = Noting(text_encoder.model, text_encoder.tokenizer)
+    result = cache_texts(configs, lambda: noting, CachingOptions(device="cpu", batch_size=2))
+    assert len(result.written) == 10 and sorted(sum(batches, [])) == sorted(caption.strip() for caption in captions)
+    lengths = [text_encoder.lengths(batch) for batch in batches]
+    assert sum(lengths, []) == sorted(sum(lengths, [])) and list(map(len, batches)) == [2, 2, 1]
+    for folder in folders:
+        stored = load_file(folder / f"{folder.name}1_wan_te.safetensors")["varlen_t5_bfloat16"]
+        assert len(stored) == max(map(max, lengths)) and torch.equal(
+            stored, load_file(folders[0] / "x1_wan_te.safetensors")["varlen_t5_bfloat16"]
+        )
+
+
 def test_only_complete_caches_of_media_that_are_gone_are_deleted(tmp_path: Path, encoders, text_encoder):
     configs = pictures_config(tmp_path, {"a": (64, 64), "b": (64, 64), "c": (64, 64)})
     cache_latents(configs, lambda: encoders, torch.float32, QUIET)

@@ -95,7 +95,7 @@ class TextEncoder:
 
         All prompts go through together, padded to the longest of them, which no valid row sees: its scores are so low
         that their exponentials are zero. With whom a prompt goes matters only as far as sums are rounded otherwise in
-        another shape: by up to 1e-6 of the features' norm in float32, 1e-2 in bfloat16, whose step is 4e-3.
+        another shape: by 1e-6 of the features' norm in float32 and 3e-3, less than a step, in bfloat16 (two layers).
         """
         ids, mask = tokenize(self.tokenizer, prompts, MAX_TOKENS)
         lengths = mask.sum(dim=1).tolist()
