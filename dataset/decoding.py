@@ -7,6 +7,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import av
@@ -81,13 +82,18 @@ def _folder_frames(path: Path) -> list[Path]:
 # --------------------------------------------------------------------------------------------------------- videos
 def decoded_frames(path: Path) -> Iterator[np.ndarray]:
     """Yield the frames of a video, or of a folder of images, as uint8 RGB [H W 3], turned upright."""
+    return (pixels() for pixels in coming_frames(path))
+
+
+def coming_frames(path: Path) -> Iterator[Callable[[], np.ndarray]]:
+    """Yield for each frame what returns its pixels: those that nobody calls for cost no more than their decoding."""
     if path.is_dir():
-        yield from map(load_image, _folder_frames(path))
+        yield from (partial(load_image, frame) for frame in _folder_frames(path))
         return
     with _opened(path) as (container, stream):
         pixels = _Pixels()
         for packet in container.demux(stream):
-            yield from map(pixels, _undamaged(packet, container))
+            yield from (partial(pixels, frame) for frame in _undamaged(packet, container))
 
 
 def index_video(path: Path, step: Callable[[], None] = no_step) -> VideoIndex:

@@ -16,8 +16,8 @@ from dataset.decoding import (
     MediaError,
     MisnumberedError,
     VideoIndex,
+    coming_frames,
     counted,
-    decoded_frames,
     image_size,
     index_video,
     load_image,
@@ -121,8 +121,9 @@ def _first_frames(
     """
     size, frames = None, []
     with readable(path):
-        every = resample(_each(decoded_frames(path), step), config.source_fps)
-        for frame in itertools.islice(every, frames_needed(config)):
+        coming = resample(_each(coming_frames(path), step), config.source_fps)
+        for pixels in itertools.islice(coming, frames_needed(config)):
+            frame = pixels()
             size = size or (frame.shape[1], frame.shape[0])
             bucket = bucket or video_bucket(config, size)
             frames.append(resize_to_bucket(frame, bucket))

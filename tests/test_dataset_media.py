@@ -1,5 +1,6 @@
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +92,9 @@ def test_reading_stops_behind_the_last_frame_that_head_needs(monkeypatch: pytest
     def endless(path: Path):
         for number in itertools.count():
             asked.append(number)
-            yield drawing(number)
+            yield partial(drawing, number)
 
-    monkeypatch.setattr("dataset.media.decoded_frames", endless)
+    monkeypatch.setattr("dataset.media.coming_frames", endless)
     clips = clips_of(video(Path("v.mp4")), video_config(target_frames=(1, 5), source_fps=32.0))
     assert [frame_number(pixels) for pixels in clips[1].pixels] == [0, 2, 4, 6, 8] and asked[-1] == 8
 
