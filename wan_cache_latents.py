@@ -5,7 +5,7 @@ python wan_cache_latents.py --dataset_config data.toml --vae wan_2.1_vae.safeten
 
 The first tells what comes out of every file, the second encodes it. For image-to-video add
 --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth. What the dataset file may say is in
-docs/dataset_config.md.
+docs/dataset_config.md. On several GPUs: torchrun --nproc_per_node 2 wan_cache_latents.py ...
 """
 
 import functools
@@ -27,10 +27,11 @@ from modules.latent_caching import (
     load_latent_encoders,
 )
 from modules.preview import PreviewOptions, preview
-from utils.devices import default_device, parse_dtype
+from utils.devices import parse_dtype
 from utils.errors import run_script
 from utils.files import require_file
 from utils.options import option, parse_options
+from utils.processes import Processes, joined
 from wan.clip import ClipOptions
 from wan.vae import VaeOptions
 
@@ -45,6 +46,12 @@ class LatentOptions:
 
 
 def main() -> None:
+    with joined() as processes:
+        cache(processes)
+
+
+def cache(processes: Processes) -> None:
+    """Cache the share of this process, or all where it is alone."""
     groups = DatasetOptions, VaeOptions, ClipOptions, LatentOptions, CachingOptions, ReportOptions, PreviewOptions
     data, vae, clip, latents, caching, reporting, previewing = parse_options(__doc__, *groups)
     configs = load_config(data.dataset_config, caching.batch_size)
@@ -57,17 +64,18 @@ def main() -> None:
     dtype = parse_dtype(vae.vae_dtype or "bfloat16")
     if reporting.wanted:
         check_outputs(reporting)
-        write_report(examine(configs, names, dtype, caching.num_workers, bool(reporting.report_html)), reporting)
+        examined = functools.partial(examine, configs, names, dtype, caching.num_workers, bool(reporting.report_html))
+        processes.first(lambda: write_report(examined(), reporting))
     if previewing.debug_mode:
-        preview(configs, previewing)
+        processes.first(lambda: preview(configs, previewing))
     if reporting.wanted or previewing.debug_mode:
         return
     require_file(vae.vae, "--vae", "the weights of the VAE")
     if clip.clip:
         require_file(clip.clip, "--clip", "the weights of the CLIP image encoder")
     torch.backends.cudnn.enabled = not latents.disable_cudnn_backend
-    load = functools.partial(load_latent_encoders, vae, clip, dtype, default_device(caching.device))
-    cache_latents(configs, load, dtype, caching, names).report()
+    load = functools.partial(load_latent_encoders, vae, clip, dtype, processes.device(caching.device))
+    cache_latents(configs, load, dtype, caching, names, processes).report(caching.strict)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import numpy as np
 
 from dataset.cache import latent_path
 from dataset.config import DatasetConfig
+from dataset.decoding import MediaError
 from dataset.items import Source, find_sources
-from dataset.media import FPS, Clip, MediaError, read_clips, require_fitting_controls, resize_to_bucket
+from dataset.media import FPS, Clip, read_clips, require_fitting_controls, resize_to_bucket
 from modules.outputs import Files, frame_writer
 from utils.errors import UserError
 from utils.options import option

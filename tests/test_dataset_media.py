@@ -1,20 +1,20 @@
 import itertools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.config import ImageConfig, VideoConfig
+from dataset.config import DatasetConfig, ImageConfig, VideoConfig
+from dataset.decoding import MediaError, decoded_frames, load_image
 from dataset.items import Source
 from dataset.media import (
-    MediaError,
+    Clip,
     at_16_fps,
-    decoded_frames,
     frame_windows,
-    load_image,
     plan_items,
     read_clips,
     require_fitting_controls,
@@ -31,6 +31,10 @@ def video_config(**keys: object) -> VideoConfig:
 
 def video(path: Path, controls: tuple[Path, ...] = ()) -> Source:
     return Source(path, "x", is_video=True, controls=controls)
+
+
+def clips_of(source: Source, config: DatasetConfig) -> list[Clip]:
+    return list(read_clips(source, config))
 
 
 def frame_number(pixels: np.ndarray) -> int:
@@ -91,13 +95,13 @@ def test_resizing_gives_the_recorded_pixels(golden: Path, recipe):
 def test_planning_without_decoding_finds_the_examples_that_reading_gives(tmp_path, extraction, keys, source_fps):
     path = write_video(tmp_path / "v.mp4", frames=23)
     config = video_config(frame_extraction=extraction, target_frames=(1, 5, 9), source_fps=source_fps, **keys)
-    clips = read_clips(video(path), config)
+    clips = clips_of(video(path), config)
     assert clips and plan_items(video(path), config) == [clip.item for clip in clips]
 
 
 def test_a_clip_shows_the_frames_that_its_window_names(tmp_path: Path):
     path = write_video(tmp_path / "v.mp4", frames=30, fps=30)
-    clips = read_clips(video(path), video_config(frame_extraction="chunk", target_frames=(5,), source_fps=30.0))
+    clips = clips_of(video(path), video_config(frame_extraction="chunk", target_frames=(5,), source_fps=30.0))
     kept = [0, 2, 4, 6, 8, 10, 12, 14, 16, 17, 19, 21, 23, 25, 27, 29]
     assert [clip.item.first_frame for clip in clips] == [0, 5, 10]
     for clip in clips:
@@ -107,7 +111,7 @@ def test_a_clip_shows_the_frames_that_its_window_names(tmp_path: Path):
 
 def test_without_source_fps_every_frame_counts(tmp_path: Path):
     path = write_video(tmp_path / "v.mp4", frames=13, fps=60)
-    (clip,) = read_clips(video(path), video_config(frame_extraction="full"))
+    (clip,) = clips_of(video(path), video_config(frame_extraction="full"))
     assert clip.item.frames == 13
 
 
@@ -117,16 +121,16 @@ def test_reading_stops_behind_the_last_frame_that_head_needs(monkeypatch: pytest
     def endless(path: Path):
         for number in itertools.count():
             asked.append(number)
-            yield drawing(number)
+            yield partial(drawing, number)
 
-    monkeypatch.setattr("dataset.media.decoded_frames", endless)
-    clips = read_clips(video(Path("v.mp4")), video_config(target_frames=(1, 5), source_fps=32.0))
+    monkeypatch.setattr("dataset.media.coming_frames", endless)
+    clips = clips_of(video(Path("v.mp4")), video_config(target_frames=(1, 5), source_fps=32.0))
     assert [frame_number(pixels) for pixels in clips[1].pixels] == [0, 2, 4, 6, 8] and asked[-1] == 8
 
 
 def test_a_video_always_has_a_bucket_whatever_enable_bucket_says(tmp_path: Path):
     path = write_video(tmp_path / "v.mp4", frames=1, width=64, height=96)
-    (clip,) = read_clips(video(path), video_config(enable_bucket=False))
+    (clip,) = clips_of(video(path), video_config(enable_bucket=False))
     assert (clip.item.width, clip.item.height) == (64, 96) and clip.pixels.shape == (1, 96, 64, 3)
 
 
@@ -135,20 +139,20 @@ def test_a_rotated_video_is_turned_upright(tmp_path: Path, rotation: int, corner
     path = write_video(tmp_path / "v.mp4", frames=1, rotation=rotation)
     (frame,) = decoded_frames(path)
     assert tuple(np.argwhere(frame[..., 0] > 150).min(axis=0)[:2]) == corner
-    (clip,) = read_clips(video(path), video_config())
+    (clip,) = clips_of(video(path), video_config())
     assert plan_items(video(path), video_config()) == [clip.item]
 
 
 def test_a_folder_of_pictures_is_a_video(tmp_path: Path):
     folder = write_pictures(tmp_path / "take.1", {f"{i:03d}": (96, 64) for i in range(7)}, caption=None)
-    (clip,) = read_clips(video(folder), video_config(target_frames=(5,)))
+    (clip,) = clips_of(video(folder), video_config(target_frames=(5,)))
     assert clip.item.key == "take.1_00000-005" and clip.pixels.shape == (5, 64, 96, 3)
 
 
 def test_a_control_video_that_is_too_short_stays_on_its_last_frame(tmp_path: Path):
     path = write_video(tmp_path / "v.mp4", frames=9)
     control = write_video(tmp_path / "c.mp4", frames=3)
-    (clip,) = read_clips(video(path, (control,)), video_config(target_frames=(9,)))
+    (clip,) = clips_of(video(path, (control,)), video_config(target_frames=(9,)))
     frames = clip.controls[0]
     assert frames.shape == clip.pixels.shape and (frames[2:] == frames[2]).all() and (frames[1] != frames[2]).any()
 
@@ -245,7 +249,7 @@ def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path: Path):
     empty = tmp_path / "folder"
     empty.mkdir()
     for path in (broken, empty, tmp_path / "missing.mp4"):
-        for read in (plan_items, read_clips):
+        for read in (plan_items, clips_of):
             with pytest.raises(MediaError) as error:
                 read(video(path), video_config())
             assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
@@ -260,9 +264,9 @@ def test_whatever_a_decoder_raises_names_the_picture(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("dataset.media.Image.open", fail)
     with pytest.raises(MediaError, match="a.png: cannot be read .Failed to decode image"):
-        read_clips(Source(path, "x", is_video=False), ImageConfig(where="test", cache_directory=tmp_path))
+        clips_of(Source(path, "x", is_video=False), ImageConfig(where="test", cache_directory=tmp_path))
 
 
 def test_a_video_shorter_than_all_target_lengths_gives_nothing(tmp_path: Path):
     path = write_video(tmp_path / "v.mp4", frames=4)
-    assert read_clips(video(path), video_config(target_frames=(5, 9))) == []
+    assert clips_of(video(path), video_config(target_frames=(5, 9))) == []
