@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetConfig
+from dataset.decoding import no_step
 from dataset.items import DatasetItem, Source
 from utils.identity import content_hash, size_and_time
 from utils.version import VERSION
@@ -30,14 +31,15 @@ class MediaStates:
     def __init__(self) -> None:
         self._found: dict[Path, dict[str, Any]] = {}
 
-    def look(self, path: Path) -> dict[str, Any]:
+    def look(self, path: Path, step: Callable[[], None] = no_step) -> dict[str, Any]:
         """Return a file's size, mtime_ns and sha256; of when it was looked at first. Raises OSError.
 
         Whoever decodes the file looks before: what is changed meanwhile then has another time than the one returned.
+        step: called now and then while the file is read.
         """
         if path not in self._found:
             size, time = size_and_time(path)
-            self._found[path] = {"size": size, "mtime_ns": time, "sha256": content_hash(path)}
+            self._found[path] = {"size": size, "mtime_ns": time, "sha256": content_hash(path, step)}
         return self._found[path]
 
     def is_same(self, path: Path, recorded: Record, folder: Path) -> bool:

@@ -1,24 +1,19 @@
-"""What the two caching scripts have in common: options, what a run did, work done ahead, stale cache files."""
+"""What the two caching scripts have in common: options, what a run did, shares of several processes, stale files."""
 
-import itertools
 import logging
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from dataset.cache import may_be_deleted, tells_how_made
 from dataset.config import DatasetConfig
+from modules.quarantine import NAME as QUARANTINE
 from utils.errors import UserError
 from utils.files import remove_leftovers, require_writable_folder
 from utils.options import option
 
 logger = logging.getLogger(__name__)
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 _NAMED = 10  # files in one line of the log
 
 
@@ -33,6 +28,10 @@ class CachingOptions:
     num_workers: int | None = option(
         None, "threads that read media ahead of the encoder (default: CPU cores - 1); captions need none"
     )
+    decode_timeout: float = option(
+        120.0, "seconds without a new frame after which a media file is given up and quarantined"
+    )
+    strict: bool = option(False, "end with exit code 2 where any media file is quarantined, after all else is done")
     skip_existing: bool = option(
         False, "keep cache files that are complete and still match, without decoding; says why of the others"
     )
@@ -49,10 +48,17 @@ class CachingResult:
     failed: dict[Path, str] = field(default_factory=dict)  # media file > why
     deleted: list[Path] = field(default_factory=list)
     dry_run: bool = False
+    waited: float = 0.0  # seconds that the encoder waited for media
+    worked: float = 0.0  # seconds from the first media read to the last cache file written
 
-    def report(self) -> None:
-        """Log what was done in a line, and each media file that could not be used; UserError when nothing is there."""
+    def report(self, strict: bool = False) -> None:
+        """Log what was done in a line, and each media file that could not be used.
+
+        Raises UserError when nothing is there; when a media file could not be used, only where that is not to be.
+        """
         if self.dry_run:
+            for reason in self.failed.values():
+                logger.warning("failed: %s", reason)
             logger.info("dry run: nothing was written, changed or deleted")
             return
         if not self.written and not self.kept:
@@ -62,28 +68,45 @@ class CachingResult:
             logger.warning("failed: %s", reason)
         counts = [f"{len(self.written)} cache files written", f"{len(self.kept)} kept", f"{len(self.failed)} failed"]
         logger.info("%s", ", ".join([*counts, *([f"{len(self.deleted)} deleted"] if self.deleted else [])]))
+        if self.worked and self.waited > 0.1 * self.worked > 1:
+            share = 100 * self.waited / self.worked
+            logger.info("the encoder waited for media %.0f %% of the time; --num_workers N reads more at once", share)
+        if strict and self.failed:
+            raise UserError(
+                f"--strict: {len(self.failed)} media files could not be used, the first: {next(iter(self.failed))}",
+                f"mend them or take them out; {QUARANTINE} in the cache folder lists them",
+            )
+
+    def add(self, other: "CachingResult") -> None:
+        """Take in what another process did at the same time."""
+        self.written += other.written
+        self.kept += other.kept
+        self.failed |= other.failed
+        self.waited += other.waited
+        self.worked += other.worked
 
 
-def ahead(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None = None) -> Iterator[Result]:
-    """Yield work(job) for all jobs in order; up to `workers` of them are done in threads ahead of the consumer."""
-    workers = workers or max(1, (os.cpu_count() or 2) - 1)
-    jobs = iter(jobs)
-    with ThreadPoolExecutor(workers, thread_name_prefix="ahead") as pool:
-        pending = deque(pool.submit(work, job) for job in itertools.islice(jobs, workers))
-        try:
-            while pending:
-                done = pending.popleft().result()
-                pending.extend(pool.submit(work, job) for job in itertools.islice(jobs, 1))
-                yield done
-        finally:
-            for future in pending:
-                future.cancel()
+def evenly(costs: Sequence[float], shares: int) -> list[list[int]]:
+    """Return for each share the numbers of its jobs, rising, so that all shares cost about the same.
+
+    The costliest job first, each to the share that has least: the dearest share is at most 4/3 of what is best (Graham,
+    Bounds on multiprocessing timing anomalies, 1969).
+    """
+    numbers: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0.0] * shares
+    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
+        least = min(range(shares), key=lambda share: (loads[share], len(numbers[share]), share))
+        numbers[least].append(job)
+        loads[least] += costs[job]
+    return [sorted(share) for share in numbers]
 
 
 def check_run(configs: Sequence[DatasetConfig], options: CachingOptions) -> None:
     """Raise UserError for what would fail only after the encoder has been loaded."""
     if options.num_workers is not None and options.num_workers < 0:
         raise UserError(f"--num_workers {options.num_workers}: must be 0 or more", "leave it out")
+    if not options.decode_timeout > 0:
+        raise UserError(f"--decode_timeout {options.decode_timeout:g}: must be more than 0 seconds", "leave it out")
     would = "would be removed" if options.dry_run else "removed"
     for config in configs:
         if not options.dry_run:

@@ -76,7 +76,7 @@ def test_media_whose_content_is_the_same_match_whatever_their_time_and_place(con
     put(config, item(config))
     picture = config.image_directory / "a.png"
     with monkeypatch.context() as patch:
-        patch.setattr("dataset.provenance.content_hash", lambda _: pytest.fail("the file was read"))
+        patch.setattr("dataset.provenance.content_hash", lambda *_: pytest.fail("the file was read"))
         assert why(config, item(config)) is None
         shutil.copytree(tmp_path / "data", tmp_path / "moved")  # keeps times
         moved = replace(

@@ -62,7 +62,7 @@ def test_a_run_says_why_it_makes_what_again_in_a_line_for_each_reason(runs, capl
 
 def test_what_matches_is_not_decoded(runs, caplog, monkeypatch):
     monkeypatch.setattr("modules.latent_caching.read_clips", lambda *_: pytest.fail("a file was decoded"))
-    monkeypatch.setattr("dataset.provenance.content_hash", lambda _: pytest.fail("a file was read"))
+    monkeypatch.setattr("dataset.provenance.content_hash", lambda *_: pytest.fail("a file was read"))
     assert said(runs, caplog) == []
 
 

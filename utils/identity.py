@@ -1,7 +1,7 @@
 """Whether files are the same: hashes of their contents, of large weight files by samples."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.safetensors_io import shards_of
@@ -10,8 +10,11 @@ _DIGITS = 32  # of a SHA-256 in hexadecimal, 128 bits
 _ENDS, _SAMPLE, _SAMPLES = 1 << 20, 1 << 16, 64  # bytes, bytes, how many
 
 
-def content_hash(path: Path) -> str:
-    """Return a hash of a file's bytes, or of the names and bytes of the files in a folder. Raises OSError."""
+def content_hash(path: Path, step: Callable[[], None] = lambda: None) -> str:
+    """Return a hash of a file's bytes, or of the names and bytes of the files in a folder. Raises OSError.
+
+    step: called now and then.
+    """
     digest = hashlib.sha256()
     for file in _files(path):
         if file != path:
@@ -19,6 +22,7 @@ def content_hash(path: Path) -> str:
         with open(file, "rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
+                step()
     return digest.hexdigest()[:_DIGITS]
 
 
