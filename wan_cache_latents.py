@@ -1,9 +1,12 @@
 """Cache the latents of every image and video of a dataset.
 
+python wan_cache_latents.py --dataset_config data.toml --report
 python wan_cache_latents.py --dataset_config data.toml --vae wan_2.1_vae.safetensors
 
-For image-to-video add --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, for first and last frame to video
---flf2v as well. What the dataset file may say is in docs/dataset_config.md.
+The first tells what comes out of every file, the second encodes it. For image-to-video add
+--clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, for first and last frame to video --flf2v as well. What
+the dataset file may say is in docs/dataset_config.md. On several GPUs:
+torchrun --nproc_per_node 2 wan_cache_latents.py ...
 """
 
 import functools
@@ -13,6 +16,8 @@ import torch
 
 from dataset.config import DatasetOptions, load_config
 from modules.caching import CachingOptions
+from modules.dataset_page import check_outputs, write_report
+from modules.dataset_report import ReportOptions, examine
 from modules.latent_caching import (
     I2V,
     I2V_WITHOUT_CLIP,
@@ -23,10 +28,12 @@ from modules.latent_caching import (
     load_latent_encoders,
 )
 from modules.preview import PreviewOptions, preview
-from utils.devices import default_device, parse_dtype
+from utils.devices import parse_dtype
 from utils.errors import UserError, run_script
 from utils.files import require_file
+from utils.identity import weights_identity
 from utils.options import option, parse_options
+from utils.processes import Processes, joined
 from wan.clip import ClipOptions
 from wan.vae import VaeOptions
 
@@ -42,31 +49,46 @@ class LatentOptions:
 
 
 def main() -> None:
-    data, vae, clip, latents, caching, previewing = parse_options(
-        __doc__, DatasetOptions, VaeOptions, ClipOptions, LatentOptions, CachingOptions, PreviewOptions
-    )
+    with joined() as processes:
+        cache(processes)
+
+
+def cache(processes: Processes) -> None:
+    """Cache the share of this process, or all where it is alone."""
+    groups = DatasetOptions, VaeOptions, ClipOptions, LatentOptions, CachingOptions, ReportOptions, PreviewOptions
+    data, vae, clip, latents, caching, reporting, previewing = parse_options(__doc__, *groups)
     configs = load_config(data.dataset_config, caching.batch_size)
-    if previewing.debug_mode:
-        preview(configs, previewing)
-        return
-    require_file(vae.vae, "--vae", "the weights of the VAE")
-    if clip.clip:
-        require_file(clip.clip, "--clip", "the weights of the CLIP image encoder")
+    if latents.one_frame:
+        names = ONE_FRAME if clip.clip else ONE_FRAME_WITHOUT_CLIP
+    elif latents.i2v or latents.flf2v or clip.clip:
+        names = I2V if clip.clip else I2V_WITHOUT_CLIP
+    else:
+        names = T2V
     if latents.flf2v and latents.one_frame:
         raise UserError("--flf2v, --one_frame: are for different datasets", "choose one, and run once for each")
     if latents.flf2v and not clip.clip:
         raise UserError("--flf2v: the model sees CLIP features of both frames", "add --clip PATH")
-    torch.backends.cudnn.enabled = not latents.disable_cudnn_backend
-    if latents.one_frame:
-        names = ONE_FRAME if clip.clip else ONE_FRAME_WITHOUT_CLIP
-    elif latents.i2v or clip.clip:
-        names = I2V if clip.clip else I2V_WITHOUT_CLIP
-    else:
-        names = T2V
     images = ("first", "last") if latents.flf2v else ("first",)
     dtype = parse_dtype(vae.vae_dtype or "bfloat16")
-    load = functools.partial(load_latent_encoders, vae, clip, dtype, default_device(caching.device))
-    cache_latents(configs, load, dtype, caching, names, images).report()
+    if reporting.wanted:
+        check_outputs(reporting)
+        examined = functools.partial(
+            examine, configs, names, dtype, caching.num_workers, bool(reporting.report_html), images
+        )
+        processes.first(lambda: write_report(examined(), reporting))
+    if previewing.debug_mode:
+        processes.first(lambda: preview(configs, previewing))
+    if reporting.wanted or previewing.debug_mode:
+        return
+    require_file(vae.vae, "--vae", "the weights of the VAE")
+    if clip.clip:
+        require_file(clip.clip, "--clip", "the weights of the CLIP image encoder")
+    torch.backends.cudnn.enabled = not latents.disable_cudnn_backend
+    load = functools.partial(load_latent_encoders, vae, clip, dtype, processes.device(caching.device))
+    weights = {"vae": vae.vae, "clip": clip.clip}
+    models = {name: weights_identity(path, f"--{name}") for name, path in weights.items() if path}
+    done = cache_latents(configs, load, dtype, caching, names, processes, models=models, images=images)
+    done.report(caching.strict)
 
 
 if __name__ == "__main__":

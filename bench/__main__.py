@@ -6,7 +6,7 @@ python -m bench --only dit denoise --quick
 Each table also stands alone: python -m bench.dit
 """
 
-from bench import denoise, dit, loading, measure, swapping, training, vae
+from bench import caching, denoise, dit, loading, measure, swapping, training, vae
 
 TABLES: dict[str, measure.Table] = {
     "dit": dit.rows,
@@ -15,6 +15,7 @@ TABLES: dict[str, measure.Table] = {
     "swapping": swapping.rows,
     "vae": vae.rows,
     "loading": loading.rows,
+    "caching": caching.rows,
 }
 
 if __name__ == "__main__":

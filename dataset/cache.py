@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from dataset.config import DatasetConfig
-from dataset.items import DatasetItem, Source
+from dataset.items import VIDEO_SUFFIXES, DatasetItem, Source
+from dataset.provenance import Making, dataset_identity, media_recorded, recorded_in, source_fps, written
 from utils.devices import dtype_name
 from utils.errors import UserError
-from utils.safetensors_io import open_tensors, save_file_atomically
+from utils.files import write_whole
+from utils.safetensors_io import open_tensors, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +75,21 @@ def batch_name(key: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- write
-def write_latents(config: DatasetConfig, item: DatasetItem, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Path:
+def write_latents(
+    config: DatasetConfig,
+    item: DatasetItem,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    making: Making | None = None,
+) -> Path:
     """Write the latents of one training example and return the file.
 
     tensors: latents [16 f h w] and, as the model needs them, latents_image [20 f h w], latents_control [16 f h w],
-    stored in `dtype`; clip [257 D] or [N 257 D], stored in float16; f_indices [f], in int32.
+    stored in `dtype`; clip [257 D] or [N 257 D], stored in float16; f_indices [f], in int32. making: how they were
+    made, for the metadata; None for a file that does not tell, as musubi-tuner's.
     """
     path = latent_path(config, item)
-    _existing(path)  # raises where the file is another model's
+    _existing(path, item.source)  # raises where the file is another model's
     shape = "x".join(map(str, tensors["latents"].shape[1:]))
     suffix = dtype_name(dtype)
     stored = {}
@@ -96,33 +105,29 @@ def write_latents(config: DatasetConfig, item: DatasetItem, tensors: Mapping[str
     metadata = {**_FORMAT, "width": str(item.named_width), "height": str(item.named_height)}
     if item.source.is_video:
         metadata["frame_count"] = str(item.frames)
-    if fps := _source_fps(config):
-        metadata["source_fps"] = fps
-    save_file_atomically(stored, path, metadata)
+    if making:
+        metadata |= written(making.record_latents(config, item))
+    write_whole(path, to_bytes(stored, metadata))
     return path
 
 
-def _source_fps(config: DatasetConfig) -> str | None:
-    """Return the frame rate that a video is resampled from, as in the metadata: names and shapes do not tell it."""
-    fps = getattr(config, "source_fps", None)
-    return None if fps is None else f"{fps:g}"
-
-
-def write_text(config: DatasetConfig, source: Source, text: Tensor) -> Path:
+def write_text(config: DatasetConfig, source: Source, text: Tensor, making: Making | None = None) -> Path:
     """Write the text features [L D] of one media file's caption and return the file.
 
-    What other tensors an older file holds is kept, of text features of any dtype only the new ones.
+    What other tensors an older file holds is kept, of text features of any dtype only the new ones. making: how they
+    were made, for the metadata; None for a file that does not tell.
     """
     path = text_path(config, source.name)
-    kept, metadata = _kept(path)
+    kept, metadata = _kept(path, source)
     stored = {**kept, f"varlen_t5_{dtype_name(text.dtype)}": _finite(text.cpu(), "t5", path)}
-    save_file_atomically(stored, path, {**metadata, **_FORMAT, "caption1": source.caption})
+    made = written(making.record_text(config, source)) if making else {}
+    write_whole(path, to_bytes(stored, {**metadata, **_FORMAT, "caption1": source.caption, **made}))
     return path
 
 
-def _kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _kept(path: Path, source: Source) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and metadata of an existing text cache that the new text does not replace."""
-    header = _existing(path)
+    header = _existing(path, source)
     if header is None:
         return {}, {}
     with open_tensors(path, "text cache") as file:
@@ -169,14 +174,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def may_be_deleted(path: Path, config: DatasetConfig) -> bool:
-    """Tell whether a file is a complete cache file for Wan of the dataset's kind; nothing else may be deleted."""
+    """Tell whether a file is a complete cache file that says it was made for this very dataset; no other may be."""
     try:
-        header = read_header(path)
+        recorded = recorded_in(read_header(path).metadata)
     except UserError:
         return False
-    # Text caches do not tell pictures from videos; in latent caches only videos count frames.
-    is_text = path.name.endswith(TEXT_SUFFIX)
-    return is_text or ("frame_count" in header.metadata) == (config.kind == "video")
+    return recorded is not None and recorded.get("dataset") == dataset_identity(config)
+
+
+def tells_how_made(path: Path) -> bool:
+    """Tell whether a file says how it was made; musubi-tuner's do not."""
+    try:
+        return recorded_in(read_header(path).metadata) is not None
+    except UserError:
+        return False
 
 
 def why_remake_latents(
@@ -184,15 +195,17 @@ def why_remake_latents(
     item: DatasetItem,
     names: Collection[str],
     dtype: torch.dtype,
+    making: Making | None = None,
     images: Sequence[str] = ("first",),
 ) -> str | None:
     """Return why the latents of an item are to be cached (again), or None for a file that can be kept.
 
-    names: the tensors it must hold, as in a batch; dtype: of the latents; images: the frames of a video that its
-    latents_image show. Raises UserError for a file of another model.
+    names: the tensors it must hold, as in a batch; dtype: of the latents; making: how it would be made now, compared
+    where the file tells how it was; images: the frames of a video that its latents_image show. Raises UserError for a
+    file of another model, or of a picture where the item is of a video, and the other way round.
     """
     path = latent_path(config, item)
-    header = _existing(path)
+    header = _existing(path, item.source)
     if header is None:
         return "damaged" if path.is_file() else "not cached yet"
     shapes = header.by_batch_name()
@@ -203,15 +216,19 @@ def why_remake_latents(
         return f"in {dtype_name(stored)}"
     if shapes["latents"][-2:] != (item.height // 8, item.width // 8):
         return "of another resolution"
-    if header.metadata.get("source_fps") != _source_fps(config):
-        return "of another source_fps"
     if "f_indices" in shapes and "f_indices" not in names:
         return "of one-frame training"
+    if shapes["latents"][1:-2] != (len(config.frame_indices) if "f_indices" in names else (item.frames + 3) // 4,):
+        return "of another number of frames"
     if "latents_image" in names and item.source.is_video and shows_last_frame(path) != ("last" in images):
         return "without the last frame" if "last" in images else "with the last frame"
-    if "f_indices" in shapes and read_tensors(path)["f_indices"].tolist() != config.frame_indices:
+    if "f_indices" in names and read_tensors(path)["f_indices"].tolist() != config.frame_indices:
         return "of other one-frame indices"
-    return None
+    if recorded := recorded_in(header.metadata):
+        return making.why_latents(config, item, recorded) if making else None
+    # What an older version of this project wrote says so under a key of its own, where it was given.
+    fps = header.metadata.get("source_fps")
+    return "of another source_fps" if fps and fps != f"{source_fps(config) or 0:g}" else None
 
 
 def shows_last_frame(path: Path) -> bool:
@@ -222,29 +239,42 @@ def shows_last_frame(path: Path) -> bool:
         return key is not None and file.shape(key)[1] > 1 and bool(file.get(key)[3, -1, 0, 0] == 1)
 
 
-def why_remake_text(path: Path, source: Source) -> str | None:
+def why_remake_text(path: Path, source: Source, making: Making | None = None) -> str | None:
     """Return why the text of a caption is to be cached (again), or None for a file that can be kept.
 
-    Raises UserError for a file of another model.
+    making: how it would be made now, compared where the file tells how it was. Raises UserError for a file of another
+    model, or of a picture where the source is a video, and the other way round.
     """
-    header = _existing(path)
+    header = _existing(path, source)
     if header is None:
         return "damaged" if path.is_file() else "not cached yet"
     if "t5" not in header.by_batch_name():
         return "without text features"
-    return None if header.metadata.get("caption1", source.caption) == source.caption else "of another caption"
+    if header.metadata.get("caption1", source.caption) != source.caption:
+        return "caption changed"
+    recorded = recorded_in(header.metadata)
+    return making.why_text(source, recorded) if making and recorded else None
 
 
-def _existing(path: Path) -> CacheHeader | None:
+def _existing(path: Path, source: Source) -> CacheHeader | None:
     """Return the header of a cache file, or None where there is none or a damaged one; UserError for a foreign one."""
     if not path.is_file():
         return None
     try:
-        return read_header(path)
+        header = read_header(path)
     except ForeignCacheError:
         raise
     except UserError:
         return None
+    made_of = media_recorded(recorded_in(header.metadata) or {})
+    if made_of and (Path(made_of).suffix.lower() in VIDEO_SUFFIXES) != source.is_video and not source.path.is_dir():
+        other = path.parent / made_of
+        if other.is_file():
+            raise ForeignCacheError(
+                f"{path}: is the cache of {other}, {source.path} would share it",
+                "rename one of them, or choose another cache_directory",
+            )
+    return header
 
 
 class ForeignCacheError(UserError):

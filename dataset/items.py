@@ -5,11 +5,12 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetConfig, ImageConfig
+from dataset.config_keys import path_of
 from utils.errors import UserError
 from utils.files import require_file
 from utils.options import suggest
@@ -59,39 +60,56 @@ def find_sources(config: DatasetConfig) -> list[Source]:
 
     Raises UserError when there are none, or when two of them would share cache files.
     """
-    sources = _from_jsonl(config) if config.jsonl_file else _from_directory(config)
+    if config.jsonl_file:
+        sources = _from_jsonl(config)
+    else:
+        captioned, left = _captioned(config)
+        if left:
+            counted = f"{len(left)}, the first {left[0]}"
+            logger.warning("%s: files left out because they have no caption: %s", config.where, counted)
+        controls = _controls(config, list(captioned))
+        is_video = config.kind == "video"
+        sources = [
+            Source(path, _read_caption(caption), is_video, controls.get(path, ()))
+            for path, caption in captioned.items()
+        ]
     _refuse_equal_names(sources, config)
     return sources
 
 
+def uncaptioned(config: DatasetConfig) -> list[Path]:
+    """Return the media files of the dataset's folder that `find_sources` leaves out for want of a caption."""
+    return [] if config.jsonl_file else _captioned(config)[1]
+
+
 # ---------------------------------------------------------------------------------------------------------- folder
-def _from_directory(config: DatasetConfig) -> list[Source]:
-    key = f"{config.kind}_directory"
-    is_video = config.kind == "video"
-    paths = media_in(_require_folder(config.directory, config, key), VIDEO_SUFFIXES if is_video else IMAGE_SUFFIXES)
+def _captioned(config: DatasetConfig) -> tuple[dict[Path, Path], list[Path]]:
+    """Return the media files of the dataset's folder with their captions' files, and those that have none."""
+    key, kinds = f"{config.kind}_directory", f"{config.kind}s"
+    suffixes = VIDEO_SUFFIXES if config.kind == "video" else IMAGE_SUFFIXES
+    paths = media_in(_require_folder(config.directory, config, key), suffixes)
     # A GIF beside a video of the same name is its preview.
     stems = {path.stem for path in paths if path.suffix.lower() != ".gif"}
     paths = [path for path in paths if path.suffix.lower() != ".gif" or path.stem not in stems]
     if not paths:
         raise UserError(
-            f"{config.where}: {key} {config.directory}: there are no {config.kind}s in this folder",
-            f"they end in {', '.join(VIDEO_SUFFIXES if is_video else IMAGE_SUFFIXES)}; folders in it are not searched",
+            f"{config.where}: {key} {config.directory}: there are no {kinds} in this folder",
+            f"they end in {', '.join(suffixes)}; folders in it are not searched",
         )
-    if config.caption_extension is None:
+    extension = config.caption_extension
+    if extension is None:
         raise UserError(f"{config.where}: caption_extension is missing", 'add caption_extension = ".txt", for example')
-    captions = {path: path.with_name(path.stem + config.caption_extension) for path in paths}
-    captioned = [path for path in paths if captions[path].is_file()]
+    captions = {path: path.with_name(path.stem + extension) for path in paths}
+    captioned = {path: caption for path, caption in captions.items() if caption.is_file()}
     if not captioned:
+        dotted = next((path for path in paths if path.with_name(f"{path.stem}.{extension}").is_file()), None)
         raise UserError(
-            f"{config.where}: none of the {len(paths)} {config.kind}s in {config.directory} has a caption",
-            f"write one into {captions[paths[0]].name} beside {paths[0].name}",
+            f"{config.where}: none of the {len(paths)} {kinds} in {config.directory} has a caption",
+            f'use caption_extension = ".{extension}", with a dot'
+            if dotted
+            else f"write one into {captions[paths[0]].name} beside {paths[0].name}",
         )
-    if len(captioned) < len(paths):
-        first = next(path for path in paths if path not in set(captioned))
-        count = len(paths) - len(captioned)
-        logger.warning("%s: files left out because they have no caption: %d, the first %s", config.where, count, first)
-    controls = _controls(config, captioned)
-    return [Source(path, _read_caption(captions[path]), is_video, controls.get(path, ())) for path in captioned]
+    return captioned, [path for path in paths if path not in captioned]
 
 
 def media_in(folder: Path, suffixes: Iterable[str]) -> list[Path]:
@@ -137,7 +155,7 @@ def _control_images(config: DatasetConfig, folder: Path, paths: list[Path]) -> d
     """
     left = media_in(folder, IMAGE_SUFFIXES)
     needed = _controls_needed(config)
-    found = {}
+    found, more = {}, []
     for path in sorted(paths, key=lambda path: (-len(path.stem), path)):
         numbered = []
         for candidate in left:
@@ -152,6 +170,10 @@ def _control_images(config: DatasetConfig, folder: Path, paths: list[Path]) -> d
             count = len(numbered)
             raise UserError(f"{config.where}: {path.name} has {count} control pictures in {folder}, but needs {needed}")
         found[path] = tuple(control for _, control in sorted(numbered)[:needed])
+        more += [path] * (len(numbered) > needed)
+    if more:
+        counted = f"{len(more)}, the first {min(more)}"
+        logger.warning("%s: pictures with more control pictures than are used: %s", config.where, counted)
     return found
 
 
@@ -172,6 +194,27 @@ def _controls_needed(config: DatasetConfig) -> int:
     return len(getattr(config, "fp_1f_clean_indices", None) or (0,))
 
 
+def captions_now(config: DatasetConfig, names: Iterable[str]) -> dict[str, str]:
+    """Return the captions of media files by their names, as far as the caption files or the JSONL file are there.
+
+    The media need not be. Raises UserError for what cannot be read as captions.
+    """
+    if config.jsonl_file:
+        if not config.jsonl_file.is_file():
+            return {}
+        return {_name_once(source.path) or source.name: source.caption for source in _from_jsonl(config)}
+    if config.caption_extension is None:
+        return {}
+    paths = {name: config.directory / f"{name}{config.caption_extension}" for name in names}
+    return {name: _read_caption(path) for name, path in paths.items() if path.is_file()}
+
+
+def _name_once(path: Path) -> str | None:
+    """Return the name of what was a folder of frames and is gone, or None: its last dot began no suffix."""
+    gone = not path.exists() and path.suffix.lower() not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    return path.name if gone else None
+
+
 # ----------------------------------------------------------------------------------------------------------- JSONL
 def _from_jsonl(config: DatasetConfig) -> list[Source]:
     path = require_file(config.jsonl_file, f"{config.where}: {config.kind}_jsonl_file", "the list")
@@ -179,59 +222,115 @@ def _from_jsonl(config: DatasetConfig) -> list[Source]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
-    records = [(f"{path} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    sources = [_from_line(line, place, config) for place, line in records]
-    if not sources:
+    places = {f"{path} line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    records = {place: _record(line, place, config) for place, line in places.items()}
+    if not records:
         raise UserError(f"{config.where}: {path}: the file lists nothing")
-    if any(source.controls for source in sources):
-        needed = 1 if config.kind == "video" else _controls_needed(config)
-        for (place, _), source in zip(records, sources, strict=True):
-            if len(source.controls) < needed:
-                raise UserError(f"{place}: {len(source.controls)} control paths, but {needed} are needed on every line")
-    return sources
+    sources = {place: _from_record(record, place, config) for place, record in records.items()}
+    _check_counts(sources, config)
+    _warn_of_typos(records, config)
+    needed = _controls_needed(config)
+    return [replace(source, controls=source.controls[:needed]) for source in sources.values()]
 
 
-def _from_line(line: str, place: str, config: DatasetConfig) -> Source:
+def _record(line: str, place: str, config: DatasetConfig) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: is not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits; brackets in brackets in brackets
+        raise UserError(f"{place}: is not valid JSON", "numbers are too long, or brackets too deep") from None
     if not isinstance(record, dict):
         raise UserError(f'{place}: must be an object such as {{"{config.kind}_path": ..., "caption": ...}}')
+    return record
+
+
+def _from_record(record: dict[str, Any], place: str, config: DatasetConfig) -> Source:
     path_key = f"{config.kind}_path"
     if config.kind == "image" and path_key not in record and "image_path_0" in record:
         path_key = "image_path_0"
     for key in record:
         if re.fullmatch(r"image_path_\d+", key) and key != path_key:
-            raise UserError(f"{place}: {key}: several target pictures are not supported yet", "leave it out")
+            raise UserError(
+                f"{place}: {key}: Wan makes one picture at a time, not several together",
+                "give each picture a line of its own, or as control_path what it is to be made from",
+            )
     for key in (path_key, "caption"):
         if not isinstance(record.get(key), str):
             near = difflib.get_close_matches(key, record.keys() - {key}, n=1)
             raise UserError(f"{place}: {key} is missing or not a text", f"is {near[0]} a typo?" if near else "")
     # control_path, control_path_0, control_path_00, control_path_1 ... in the order of their numbers
-    matches = [match for match in (re.fullmatch(r"control_path(?:_(\d+))?", key) for key in record) if match]
+    matches = [match for match in (re.fullmatch(_CONTROL_KEY, key) for key in record) if match]
     controls = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
     return Source(
-        path=_located(record[path_key], config.jsonl_file),
+        path=_located(record, path_key, place, config),
         caption=record["caption"].strip(),
         is_video=config.kind == "video",
-        controls=tuple(_located(record[key], config.jsonl_file) for key in controls)[: _controls_needed(config)],
+        controls=tuple(_located(record, key, place, config) for key in controls),
     )
 
 
-def _located(name: Any, jsonl_file: Path) -> Path:
+def _located(record: dict[str, Any], key: str, place: str, config: DatasetConfig) -> Path:
     """Return a path of a JSONL line: relative to the working directory, else to the JSONL file's folder."""
-    path = Path(str(name)).expanduser()
-    beside = jsonl_file.parent / path
+    try:
+        path = path_of(record[key])
+    except ValueError as error:
+        raise UserError(f"{place}: {key} {error}") from None
+    beside = config.jsonl_file.parent / path
     return beside if not path.exists() and beside.exists() else path
+
+
+_CONTROL_KEY = r"control_path(?:_(\d+))?"
+
+
+def _warn_of_typos(records: dict[str, dict[str, Any]], config: DatasetConfig) -> None:
+    """Name keys that are not read and look like one that is, each once; other keys are the user's own affair."""
+    known = [f"{config.kind}_path", "caption", "control_path"]
+    numbered = r"image_path_\d+|" + _CONTROL_KEY
+    strange: dict[str, str] = {}
+    for place, record in records.items():
+        for key in record:
+            if key not in known and not re.fullmatch(numbered, key):
+                strange.setdefault(key, place)
+    for key, place in strange.items():
+        if near := difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8):
+            logger.warning("%s: %s is not read. Did you mean '%s'?", place, key, near[0])
+
+
+def _check_counts(sources: dict[str, Source], config: DatasetConfig) -> None:
+    """Raise UserError for a line with too few control paths; warn once of those that have more than are used."""
+    needed = 1 if config.kind == "video" else _controls_needed(config)
+    one_frame = getattr(config, "fp_1f_clean_indices", None) is not None
+    if not one_frame and not any(source.controls for source in sources.values()):
+        return
+    for place, source in sources.items():
+        if len(source.controls) < needed:
+            why = " (one for each of fp_1f_clean_indices)" if one_frame else ""
+            raise UserError(
+                f"{place}: {len(source.controls)} control paths, but {needed} are needed on every line{why}",
+                "add control_path" + (", or control_path_0 and control_path_1" if needed > 1 else ""),
+            )
+    if more := [place for place, source in sources.items() if len(source.controls) > needed]:
+        counted = f"{len(more)}, the first {more[0]}"
+        logger.warning("%s: lines with more control paths than are used: %s", config.where, counted)
 
 
 def _refuse_equal_names(sources: list[Source], config: DatasetConfig) -> None:
     seen: dict[str, Source] = {}
+    ignores_case = _ignores_case(config.cache_directory)
     for source in sources:
-        other = seen.setdefault(source.name, source)
+        other = seen.setdefault(source.name.casefold() if ignores_case else source.name, source)
         if other is not source:
             raise UserError(
                 f"{config.where}: {other.path} and {source.path} would share the cache files {source.name}_*",
                 "rename one of them, or put them into two datasets",
             )
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Tell whether `A` and `a` would be one file in a folder, by another spelling of its path, or of one above it."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        other = place.with_name(place.name.swapcase())
+        if place.is_dir() and other.name != place.name:
+            return other.is_dir() and other.samefile(place)
+    return False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.cache import latent_files, media_name, read_header, read_tensors, text_path
+from dataset.cache import CacheHeader, latent_files, media_name, read_header, read_tensors, text_path
 from dataset.config import DatasetConfig, dataset_metadata
 from utils.errors import UserError
 
@@ -30,6 +30,7 @@ class CachedItem:
     latents: Path
     text: Path
     shapes: Shapes  # (name in a batch, shape) of the tensors beside the latents' file, sorted: the bucket
+    caption: str | None = None  # that the text was cached for, where its file tells
 
     @property
     def names(self) -> frozenset[str]:
@@ -79,43 +80,36 @@ class DatasetSummary:
         return [f"{self.items} training items in {self.batches} batches per epoch", *shown]
 
 
-def find_cached(config: DatasetConfig) -> list[CachedItem]:
-    """Return the training examples in a dataset's cache folder, sorted by file name.
+def find_cached(config: DatasetConfig) -> tuple[list[CachedItem], list[Path]]:
+    """Return the training examples in a dataset's cache folder, and the latent caches that have no text cache.
 
-    Damaged and foreign files are left out with a warning, and so is what has no text cache.
+    Both are sorted by file name. Damaged and foreign files are left out with a warning.
     """
     items, without_text = [], []
-    texts: dict[Path, bool] = {}
+    texts: dict[Path, CacheHeader | None] = {}
     for path in latent_files(config):
         text = text_path(config, media_name(config, path))
         if text not in texts:
-            texts[text] = text.is_file() and _shapes(text, "t5") is not None
-        if not texts[text]:
+            texts[text] = _header(text, "t5") if text.is_file() else None
+        if (of_text := texts[text]) is None:
             without_text.append(path)
-        elif shapes := _shapes(path, "latents"):
-            items.append(CachedItem(path, text, tuple(sorted(shapes.items()))))
-    if without_text:
-        logger.warning(
-            "%s: %d latent caches have no text cache and are left out, the first is %s; "
-            "run wan_cache_text_encoder_outputs.py",
-            config.where,
-            len(without_text),
-            without_text[0],
-        )
-    return items
+        elif header := _header(path, "latents"):
+            shapes = tuple(sorted(header.by_batch_name().items()))
+            items.append(CachedItem(path, text, shapes, of_text.metadata.get("caption1")))
+    return items, without_text
 
 
-def _shapes(path: Path, needed: str) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes of a cache file's tensors by name, or None after a warning for one that cannot be used."""
+def _header(path: Path, needed: str) -> CacheHeader | None:
+    """Return the header of a cache file, or None after a warning for one that cannot be used."""
     try:
-        shapes = read_header(path).by_batch_name()
+        header = read_header(path)
     except UserError as error:
         logger.warning("left out: %s", error)
         return None
-    if needed not in shapes:
+    if needed not in header.by_batch_name():
         logger.warning("left out: %s holds no %s", path, needed)
         return None
-    return shapes
+    return header
 
 
 class CachedDataset(Dataset):
@@ -127,7 +121,9 @@ class CachedDataset(Dataset):
 
     def __init__(self, configs: Sequence[DatasetConfig], seed: int, num_timestep_buckets: int | None = None):
         self.configs, self.seed, self.num_timestep_buckets = list(configs), seed, num_timestep_buckets
-        self.items = [find_cached(config) for config in self.configs]
+        found = [find_cached(config) for config in self.configs]
+        self.items = [items for items, _ in found]
+        self.without_text = [path for _, latents in found for path in latents]  # latents that are left out
         self.epoch = 0
         self.begun = 0  # batches of the epoch that are left out, having been trained on before a run went on
         self._planned: tuple[int, list[_PlannedBatch]] | None = None

@@ -1,27 +1,37 @@
-"""The pixels of training examples: images, videos, frame windows, resampling, resizing."""
+"""The training examples of a media file: frame windows, resampling, resizing; streamed, whatever a video's length."""
 
-import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import av
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dataset.buckets import choose_bucket
-from dataset.config import DatasetConfig, VideoConfig, clip_lengths
-from dataset.items import IMAGE_SUFFIXES, DatasetItem, Source, media_in
+from dataset.buckets import choose_bucket, control_size
+from dataset.config import DatasetConfig, ImageConfig, VideoConfig, clip_lengths
+from dataset.decoding import (
+    MediaError,
+    MisnumberedError,
+    VideoIndex,
+    coming_frames,
+    counted,
+    frame_rate,
+    image_size,
+    index_video,
+    load_image,
+    no_step,
+    numbered_frames,
+    readable,
+)
+from dataset.items import DatasetItem, Source
+from utils.errors import UserError
 
 FPS = 16  # what Wan's videos run at
 T = TypeVar("T")
-
-
-class MediaError(Exception):
-    """A media file cannot be used; the message says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -33,61 +43,90 @@ class Clip:
     controls: tuple[np.ndarray, ...] = ()  # uint8 [F H W 3] each, of the same size; F is 1 for pictures
 
 
-def plan_items(source: Source, config: DatasetConfig) -> list[DatasetItem]:
+# Yields clips and returns the items of the whole file.
+Clips = Generator[Clip, None, list[DatasetItem]]
+
+
+def plan_items(source: Source, config: DatasetConfig, step: Callable[[], None] = no_step) -> list[DatasetItem]:
     """Return the training examples of a file without decoding more than its first frame.
 
     The frames of a video are counted by its packets, which a damaged file may not keep. Raises MediaError.
     """
-    with _readable(source.path):
+    with readable(source.path):
         if not isinstance(config, VideoConfig):
-            return [_image_item(source, config, _image_size(source.path))]
-        if source.path.is_dir():
-            frames = _folder_frames(source.path)
-            size, count = _image_size(frames[0]), len(frames)
-        else:
-            size, count = _probe_video(source.path)
-        at_16_fps = resample(range(count), config.source_fps)
+            return [_image_item(source, config, image_size(source.path))]
+        index = index_video(source.path, step)
+        at_16_fps = resample(range(index.frames), config.source_fps)
         count = sum(1 for _ in itertools.islice(at_16_fps, frames_needed(config)))
-        return _video_items(source, config, size, count)
+        return _video_items(source, config, (index.width, index.height), count)
 
 
-def read_clips(source: Source, config: DatasetConfig) -> list[Clip]:
-    """Return the training examples of a file with their pixels; [] for a video shorter than every target length.
+def read_clips(
+    source: Source,
+    config: DatasetConfig,
+    wanted: Callable[[DatasetItem], bool] = lambda item: True,
+    step: Callable[[], None] = no_step,
+) -> Clips:
+    """Yield the training examples of a file that are wanted, with their pixels; return all that it has.
 
-    Raises MediaError for what cannot be read.
+    There are none in a video shorter than every target length. Of a video no more is held than its longest clip, and
+    the one that is yielded. step: called whenever a frame or packet has been read. Raises MediaError for what cannot be
+    read.
     """
     if not isinstance(config, VideoConfig):
-        with _readable(source.path):
-            image = load_image(source.path)
-        item = _image_item(source, config, (image.shape[1], image.shape[0]))
+        return (yield from _read_picture(source, config, wanted))
+    if frames_needed(config) is not None:
+        return (yield from _read_opening(source, config, wanted, step))
+    paths = [source.path, *source.controls[:1]]
+    indexes = [_index(path, step) for path in paths]
+    try:
+        return (yield from _read_windows(source, config, indexes, wanted, step))
+    except MisnumberedError:
+        # All windows once more: those that have been yielded may be misplaced.
+        indexes = [_counted(path, index, step) for path, index in zip(paths, indexes, strict=True)]
+        return (yield from _read_windows(source, config, indexes, wanted, step))
+
+
+def _read_picture(source: Source, config: DatasetConfig, wanted: Callable[[DatasetItem], bool]) -> Clips:
+    with readable(source.path):
+        image = load_image(source.path)
+    item = _image_item(source, config, (image.shape[1], image.shape[0]))
+    if wanted(item):
         size = item.width, item.height
-        controls = tuple(_resized_image(path, size)[None] for path in source.controls)
-        return [Clip(item, resize_to_bucket(image, size)[None], controls)]
-    size, frames = read_video(source.path, config)
+        controls = tuple(_control_image(path, size, config)[None] for path in source.controls)
+        yield Clip(item, resize_to_bucket(image, size)[None], controls)
+    return [item]
+
+
+def _read_opening(
+    source: Source, config: VideoConfig, wanted: Callable[[DatasetItem], bool], step: Callable[[], None]
+) -> Clips:
+    """Read clips that all begin with the first frame: decoding stops after the longest."""
+    size, frames = _first_frames(source.path, config, step)
     items = _video_items(source, config, size, len(frames))
+    chosen = [item for item in items if wanted(item)]
     control = np.empty(0)
-    if items and source.controls:
-        _, control = read_video(source.controls[0], config, bucket=(items[0].width, items[0].height))
-    clips = []
-    for item in items:
-        window = np.arange(item.first_frame, item.first_frame + item.frames)
+    if chosen and source.controls:
+        _, control = _first_frames(source.controls[0], config, step, bucket=(items[0].width, items[0].height))
+    for item in chosen:
         # A control video that is too short stays on its last frame.
-        controls = (control[np.minimum(window, len(control) - 1)],) if source.controls else ()
-        clips.append(Clip(item, frames[window[0] : window[-1] + 1], controls))
-    return clips
+        still = np.minimum(np.arange(item.frames), len(control) - 1)
+        yield Clip(item, frames[: item.frames], (control[still],) if source.controls else ())
+    return items
 
 
-def read_video(
-    path: Path, config: VideoConfig, bucket: tuple[int, int] | None = None
+def _first_frames(
+    path: Path, config: VideoConfig, step: Callable[[], None], bucket: tuple[int, int] | None = None
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Return the (width, height) of a video's first frame and its frames as the dataset needs them, uint8 [F H W 3].
+    """Return the (width, height) of a video's first frame and its frames as far as a clip can use them, [F H W 3].
 
-    They are resized while they are read, to the first frame's bucket unless one is given, and reading stops after the
-    last frame that a clip can use. Raises MediaError.
+    They are resized while they are read, to the first frame's bucket unless one is given.
     """
     size, frames = None, []
-    with _readable(path):
-        for frame in itertools.islice(resample(decoded_frames(path), config.source_fps), frames_needed(config)):
+    with readable(path):
+        coming = resample(_each(coming_frames(path), step), config.source_fps)
+        for pixels in itertools.islice(coming, frames_needed(config)):
+            frame = pixels()
             size = size or (frame.shape[1], frame.shape[0])
             bucket = bucket or video_bucket(config, size)
             frames.append(resize_to_bucket(frame, bucket))
@@ -96,10 +135,96 @@ def read_video(
     return size, np.stack(frames)
 
 
+def _each(frames: Iterable[T], step: Callable[[], None]) -> Iterator[T]:
+    for frame in frames:
+        step()
+        yield frame
+
+
+def _index(path: Path, step: Callable[[], None]) -> VideoIndex:
+    with readable(path):
+        index = index_video(path, step)
+    return index if len(index.times) else _counted(path, index, step)
+
+
+def _counted(path: Path, index: VideoIndex, step: Callable[[], None]) -> VideoIndex:
+    with readable(path):
+        return index if path.is_dir() else counted(path, index, step)
+
+
+def _read_windows(
+    source: Source,
+    config: VideoConfig,
+    indexes: Sequence[VideoIndex],
+    wanted: Callable[[DatasetItem], bool],
+    step: Callable[[], None],
+) -> Clips:
+    """Read clips from anywhere in a video; indexes: of the video, and of its control where it has one.
+
+    Raises MisnumberedError where an index is found wrong.
+    """
+    index, *control = indexes
+    kept = _kept(index, config)
+    items = _video_items(source, config, (index.width, index.height), len(kept))
+    chosen = [item for item in items if wanted(item)]
+    pixels = _windows(source.path, index, kept, chosen, step)
+    controls = [
+        _windows(path, other, _kept(other, config), chosen, step)
+        for path, other in zip(source.controls[:1], control, strict=True)
+    ]
+    # Without names for what is yielded, which would be held while the next is made.
+    yield from map(lambda item, *given: Clip(item, given[0], given[1:]), chosen, pixels, *controls)
+    return items
+
+
+def _kept(index: VideoIndex, config: VideoConfig) -> np.ndarray:
+    """Return the numbers of the frames that remain at 16 frames per second."""
+    return np.fromiter(resample(range(index.frames), config.source_fps), dtype=np.int64)
+
+
+def _windows(
+    path: Path, index: VideoIndex, kept: np.ndarray, items: Sequence[DatasetItem], step: Callable[[], None]
+) -> Iterator[np.ndarray]:
+    """Yield the pixels of clips, uint8 [F H W 3] resized to their bucket; the clips in the order in which they end.
+
+    kept: the numbers of the frames that clips count. A clip that goes on after the last of them stays on it.
+    """
+    last = len(kept) - 1
+    used = np.zeros(len(kept), dtype=bool)
+    for item in items:
+        used[min(item.first_frame, last) : item.first_frame + item.frames] = True
+    places = np.flatnonzero(used)
+    # The frame from which on the clips after each one need any.
+    begins = [*itertools.accumulate((item.first_frame for item in reversed(items)), min)][-2::-1]
+    held: dict[int, np.ndarray] = {}
+    with readable(path):
+        arriving = zip(places.tolist(), numbered_frames(path, index, kept[places].tolist(), step), strict=True)
+        for item, begin in itertools.zip_longest(items, begins, fillvalue=last + 1):
+            window = [min(item.first_frame + i, last) for i in range(item.frames)]
+            while window[-1] not in held:
+                place, frame = next(arriving)
+                held[place] = resize_to_bucket(frame, (item.width, item.height))
+                if place == places[-1]:
+                    next(arriving, None)  # lets the index be denied by a file that goes on
+            yield np.stack([held[place] for place in window])
+            held = {place: frame for place, frame in held.items() if place >= min(begin, last)}
+
+
 # ------------------------------------------------------------------------------------------------------- windows
 def resample(frames: Iterable[T], source_fps: float | None) -> Iterator[T]:
-    """Yield the frames that remain at 16 frames per second; all of them where the file's rate is None."""
-    return (frame for _, frame in at_16_fps(frames, source_fps))
+    """Yield the frames that a video has at 16 frames per second; all of them where the file's rate is None.
+
+    Of a faster file frames are left out; of a slower one the nearest frame is repeated, so that motion keeps its speed.
+    """
+    if source_fps is None or source_fps >= FPS:
+        yield from (frame for _, frame in at_16_fps(frames, source_fps))
+        return
+    shown = 0
+    for number, frame in enumerate(frames):
+        # The last 16th of a second at which this frame is not farther than the next.
+        last = math.floor((number + 0.5) * FPS / source_fps)
+        yield from itertools.repeat(frame, last + 1 - shown)
+        shown = last + 1
 
 
 def at_16_fps(frames: Iterable[T], source_fps: float | None) -> Iterator[tuple[int, T]]:
@@ -166,6 +291,7 @@ def _image_item(source: Source, config: DatasetConfig, size: tuple[int, int]) ->
 
 
 def _video_items(source: Source, config: VideoConfig, size: tuple[int, int], frames: int) -> list[DatasetItem]:
+    """Return the clips of a video in the order in which they end, so that they can be cut while it is decoded."""
     bucket = video_bucket(config, size)
     windows = frame_windows(
         frames,
@@ -176,19 +302,11 @@ def _video_items(source: Source, config: VideoConfig, size: tuple[int, int], fra
         config.max_frames,
     )
     # A short video can give the same uniform window several times; it would be one cache file all the same.
-    return [DatasetItem(source, *bucket, *bucket, first, length) for first, length in dict.fromkeys(windows)]
+    windows = sorted(set(windows), key=lambda window: (sum(window), window))
+    return [DatasetItem(source, *bucket, *bucket, first, length) for first, length in windows]
 
 
 # -------------------------------------------------------------------------------------------------------- pixels
-def load_image(path: Path) -> np.ndarray:
-    """Return a picture as uint8 RGB [H W 3], turned upright by its EXIF tag; an alpha channel is dropped."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip instead of scale
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        return np.array(image.convert("RGB"))
-
-
 def resize_to_bucket(image: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
     """Return the picture scaled to cover the bucket (width, height) and cropped around its centre; uint8 [h w 3].
 
@@ -207,90 +325,64 @@ def resize_to_bucket(image: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(resized[top : top + bucket[1], left : left + bucket[0]])
 
 
-def decoded_frames(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video, or of a folder of images, as uint8 RGB [H W 3], turned upright."""
-    if path.is_dir():
-        yield from map(load_image, _folder_frames(path))
-        return
-    with av.open(str(path)) as container:
-        stream = _video_stream(container)
-        stream.thread_type = "AUTO"
-        for frame in container.decode(stream):
-            yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+def _control_image(path: Path, bucket: tuple[int, int], config: ImageConfig) -> np.ndarray:
+    with readable(path):
+        image = load_image(path)
+    height, width = image.shape[:2]
+    size = control_size(config.no_resize_control, config.control_resolution, (width, height), bucket)
+    if size != bucket:
+        shown = f"{size[0]}x{size[1]}, but its picture {bucket[0]}x{bucket[1]}"
+        raise MediaError(f"{path}: the control picture would be {shown}; Wan needs both of one size")
+    if config.no_resize_control and width - size[0] in range(16) and height - size[1] in range(16):
+        left, top = (width - size[0]) // 2, (height - size[1]) // 2
+        return np.ascontiguousarray(image[top : top + size[1], left : left + size[0]])
+    return resize_to_bucket(image, size)
 
 
-def _upright(pixels: np.ndarray, rotation: int) -> np.ndarray:
-    """Return pixels turned by the display matrix, whose angle counts counter-clockwise in degrees."""
-    quarters = round(rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
+def require_fitting_controls(config: DatasetConfig, sources: Iterable[Source]) -> None:
+    """Raise UserError where no_resize_control or control_resolution make a control of another size than its picture.
 
-
-def _resized_image(path: Path, bucket: tuple[int, int]) -> np.ndarray:
-    with _readable(path):
-        return resize_to_bucket(load_image(path), bucket)
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an upright picture from its header."""
-    with Image.open(path) as image:
-        sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 are turned by 90 degrees
-        return image.size[::-1] if sideways else image.size
-
-
-def _folder_frames(path: Path) -> list[Path]:
-    frames = media_in(path, IMAGE_SUFFIXES)
-    if not frames:
-        raise MediaError(f"{path}: the folder holds no images")
-    return frames
-
-
-def _probe_video(path: Path) -> tuple[tuple[int, int], int]:
-    """Return (width, height) of a video's first frame, upright, and its number of packets."""
-    with av.open(str(path)) as container:
-        stream = _video_stream(container)
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise MediaError(f"{path}: holds no frames")
-        size = (first.height, first.width) if round(first.rotation / 90) % 2 else (first.width, first.height)
-    with av.open(str(path)) as container:
-        packets = container.demux(_video_stream(container))
-        # Frames that an edit list cuts away, as phones do, come along to be decoded, but are not shown.
-        return size, sum(1 for packet in packets if packet.size and not packet.is_discard)
-
-
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        raise MediaError(f"{container.name}: holds no video stream")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:  # decoding would end the process, before PyAV 18.1
-        raise MediaError(f"{container.name}: is in a codec that cannot be decoded")
-    _refuse_cut_off(container, stream)
-    return stream
-
-
-def _refuse_cut_off(container: av.container.InputContainer, stream: av.VideoStream) -> None:
-    """Raise MediaError where the index of an mp4 or mov file names frames behind the file's end.
-
-    A copy that broke off is read up to there, often without an error, and its last frame may be damaged.
+    Wan takes both in the same places, so that nothing could be trained. Only headers are read; what is unreadable is
+    passed over.
     """
-    if "mp4" in container.format.name.split(","):
-        missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
-        if missing:
-            raise MediaError(f"{container.name}: is cut off, {missing} frames are missing")
+    if not isinstance(config, ImageConfig) or not (config.no_resize_control or config.control_resolution):
+        return
+    keys = "no_resize_control" if config.no_resize_control else "control_resolution"
+    for source in sources:
+        try:
+            bucket = choose_bucket(
+                config.resolution, config.enable_bucket, config.bucket_no_upscale, _size(source.path)
+            )
+            sizes = {path: _size(path) for path in source.controls}
+        except MediaError:
+            continue
+        for path, own in sizes.items():
+            size = control_size(config.no_resize_control, config.control_resolution, own, bucket)
+            if size != bucket:
+                shown = f"{size[0]}x{size[1]}, but {source.path.name} {bucket[0]}x{bucket[1]}"
+                raise UserError(
+                    f"{config.where}: {keys}: the control picture {path} would be {shown}; Wan needs both of one size",
+                    f"leave {keys} out, and controls are resized like their pictures",
+                )
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what the decoders raise into a MediaError of one line with the path."""
-    try:
-        yield
-    except (
-        av.error.FFmpegError,
-        Image.DecompressionBombError,
-        OSError,
-        ValueError,
-        SyntaxError,
-        RuntimeError,
-    ) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise MediaError(f"{path}: cannot be read ({' '.join(reason.split())})") from None
+def _size(path: Path) -> tuple[int, int]:
+    with readable(path):
+        return image_size(path)
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a video says of itself without being decoded; a damaged file may not keep it."""
+
+    width: int  # pixels of the first frame, upright
+    height: int
+    frames: int  # counted by packets
+    fps: float | None  # None for a folder of pictures, and where the file does not tell
+
+
+def probe_video(path: Path) -> VideoFacts:
+    """Return what a video file, or a folder of pictures, holds; only the first frame is decoded. Raises MediaError."""
+    with readable(path):
+        index = index_video(path)
+        return VideoFacts(index.width, index.height, index.frames, frame_rate(path))

@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.media import MediaError, decoded_frames, load_image, resize_to_bucket
+from dataset.decoding import MediaError, decoded_frames, load_image
+from dataset.media import resize_to_bucket
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
 from modules.latent_caching import as_pixels

@@ -9,6 +9,7 @@ import torch
 from dataset.cache import read_header
 from dataset.config import load_config
 from dataset.loader import CachedDataset, CachedItem
+from modules.cache_checks import check_fresh
 from modules.checkpoints import check_saving
 from modules.flow_matching import check_timesteps
 from modules.generation import step_of
@@ -90,6 +91,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
     for items in data.items:
         check_caches(items, config, shape)
+    check_fresh(data, options.training.allow_stale)
     batches = math.ceil(len(data) / processes)
     total_steps, epochs = run_length(options.training, batches)
     begun = 0
@@ -209,9 +211,9 @@ def check_caches(items: list[CachedItem], config: WanConfig, shape: WanShape) ->
                     if flag
                     else "give the dataset a control_directory and cache"
                 )
-                raise UserError(
-                    f"--task {config.name}: these caches have no {words}, e.g. {item.latents}", f"{how} again"
-                )
+                count = sum(name not in dict(other.shapes) for other in items)
+                first = f"{item.latents} ({count:,} of {len(items):,})"
+                raise UserError(f"--task {config.name}: these caches have no {words}, e.g. {first}", f"{how} again")
         if len(shapes["latents"]) != 4 or shapes["latents"][0] != 16:
             raise UserError(
                 f"{item.latents}: latents of shape {shapes['latents']}, not of the Wan2.1 VAE", "cache again"

@@ -11,8 +11,9 @@ import numpy as np
 
 from dataset.cache import latent_path
 from dataset.config import DatasetConfig
-from dataset.items import find_sources
-from dataset.media import FPS, Clip, MediaError, read_clips, resize_to_bucket
+from dataset.decoding import MediaError
+from dataset.items import Source, find_sources
+from dataset.media import FPS, Clip, read_clips, require_fitting_controls, resize_to_bucket
 from modules.outputs import Files, frame_writer
 from utils.errors import UserError
 from utils.options import option
@@ -35,15 +36,21 @@ class PreviewOptions:
     console_back: str | None = option(None, "taken for old command lines; pictures here fill their background")
 
 
+_BLOCK = "▀"
 # Shows one example and returns what to do next: "" for the next example, "d" for the next dataset, "q" to stop.
 Show = Callable[[Clip], str]
 
 
 def preview(configs: Sequence[DatasetConfig], options: PreviewOptions) -> None:
-    """Show the examples of all datasets in one of the ways of PREVIEWS."""
+    """Show the examples of all datasets in one of the ways of PREVIEWS; UserError where that is not possible here."""
+    for name, least in (("console_width", 1), ("console_num_images", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
     for config in configs:
         show = _PREVIEWS[options.debug_mode](config, options)
-        for shown, clip in enumerate(_clips(config)):
+        sources = find_sources(config)
+        require_fitting_controls(config, sources)
+        for shown, clip in enumerate(_clips(config, sources)):
             if options.debug_mode == "console" and shown == options.console_num_images:
                 break
             logger.info("%s", _description(clip))
@@ -54,8 +61,8 @@ def preview(configs: Sequence[DatasetConfig], options: PreviewOptions) -> None:
                 break
 
 
-def _clips(config: DatasetConfig) -> Iterator[Clip]:
-    for source in find_sources(config):
+def _clips(config: DatasetConfig, sources: Sequence[Source]) -> Iterator[Clip]:
+    for source in sources:
         try:
             yield from read_clips(source, config)
         except MediaError as error:
@@ -65,7 +72,8 @@ def _clips(config: DatasetConfig) -> Iterator[Clip]:
 def _description(clip: Clip) -> str:
     item, count = clip.item, len(clip.pixels)
     frames = "1 frame" if count == 1 else f"{count} frames"
-    return f"{item.key}: {item.width}x{item.height}, {frames}, caption: {item.source.caption}"
+    controls = f", {len(clip.controls)} control" + "s" * (len(clip.controls) > 1) if clip.controls else ""
+    return f"{item.key}: {item.width}x{item.height}, {frames}{controls}, caption: {item.source.caption}"
 
 
 def _as_files(config: DatasetConfig, options: PreviewOptions) -> Show:
@@ -73,25 +81,49 @@ def _as_files(config: DatasetConfig, options: PreviewOptions) -> Show:
         path = latent_path(config, clip.item)
         path = path.parent / "preview" / path.with_suffix(".mp4" if clip.item.source.is_video else ".png").name
         path.parent.mkdir(parents=True, exist_ok=True)
-        files = Files(video=path) if clip.item.source.is_video else Files(images=path)
-        with frame_writer(files, len(clip.pixels), FPS, None) as write:
-            for frame in clip.pixels:
-                write(frame)
+        controls = {path.with_stem(f"{path.stem}_control_{i}"): control for i, control in enumerate(clip.controls)}
+        for place, pixels in {path: clip.pixels, **controls}.items():
+            files = Files(video=place) if clip.item.source.is_video else Files(images=place)
+            with frame_writer(files, len(pixels), FPS, None) as write:
+                for frame in pixels:
+                    write(frame)
         return ""
 
     return show
 
 
 def _in_console(config: DatasetConfig, options: PreviewOptions) -> Show:
+    asks = options.console_num_images is None
+    if asks and not sys.stdin.isatty():
+        raise UserError(
+            "--debug_mode console: there is no terminal to ask",
+            "give --console_num_images N, or use --debug_mode video",
+        )
+    try:
+        _BLOCK.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--debug_mode console: the terminal's encoding {sys.stdout.encoding} has no half blocks",
+            "set PYTHONIOENCODING=utf-8, or use --debug_mode video",
+        ) from None
+
     def show(clip: Clip) -> str:
-        print(as_blocks(clip.pixels[0], options.console_width))
-        if options.console_num_images is not None:
+        for picture in _pictures(clip):
+            print(as_blocks(picture, options.console_width))
+        if not asks:
             return ""
-        if not sys.stdin.isatty():
-            raise UserError("--debug_mode console: there is no terminal to ask", "give --console_num_images N")
-        return input("Enter: next, d: next dataset, q: quit > ").strip().lower()[:1]
+        try:
+            return input("Enter: next, d: next dataset, q: quit > ").strip().lower()[:1]
+        except EOFError:
+            return "q"
 
     return show
+
+
+def _pictures(clip: Clip) -> list[np.ndarray]:
+    """Return what is shown of a clip: its first frame, its last one, and the first of each control."""
+    last = [clip.pixels[-1]] if len(clip.pixels) > 1 else []
+    return [clip.pixels[0], *last, *(control[0] for control in clip.controls)]
 
 
 def as_blocks(frame: np.ndarray, columns: int) -> str:
@@ -102,7 +134,8 @@ def as_blocks(frame: np.ndarray, columns: int) -> str:
     lines = []
     for upper, lower in zip(small[::2], small[1::2], strict=True):
         cells = (
-            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m▀" for a, b in zip(upper, lower, strict=True)
+            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m{_BLOCK}"
+            for a, b in zip(upper, lower, strict=True)
         )
         lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)
@@ -113,11 +146,15 @@ def _in_window(config: DatasetConfig, options: PreviewOptions) -> Show:
         raise UserError("--debug_mode image: there is no display", "use --debug_mode video or console")
 
     def show(clip: Clip) -> str:
-        pictures = [clip.pixels[0], *([clip.pixels[-1]] if len(clip.pixels) > 1 else [])]
-        pictures += [control[0] for control in clip.controls]
-        for picture in pictures:
-            cv2.imshow("any key: next, d: next dataset, q: quit", picture[..., ::-1])
-            key = chr(cv2.waitKey(0) & 0xFF).lower()
+        for picture in _pictures(clip):
+            try:
+                cv2.imshow("any key: next, d: next dataset, q: quit", picture[..., ::-1])
+                key = chr(cv2.waitKey(0) & 0xFF).lower()
+            except cv2.error:
+                raise UserError(
+                    "--debug_mode image: the installed OpenCV opens no windows (opencv-python-headless does not)",
+                    "use --debug_mode video or console",
+                ) from None
             if key in "dq":
                 cv2.destroyAllWindows()
                 return key

@@ -32,6 +32,9 @@ class TrainingOptions:
     max_train_epochs: int | None = option(None, "epochs to train, instead of a number of steps")
     gradient_accumulation_steps: int = option(1, "batches that an optimizer step averages over")
     seed: int | None = option(None, "of everything random (default: drawn, and logged)")
+    allow_stale: bool = option(
+        False, "train although captions were changed after their texts were cached, or latents have no text cache"
+    )
     max_data_loader_n_workers: int = option(8, "processes that read caches, at most one a CPU core; 0: none")
     persistent_data_loader_workers: bool = option(False, "keep these processes from epoch to epoch")
     max_nan_steps: int = option(5, "stop after so many steps in a row whose loss is no finite number; each is left out")

@@ -35,6 +35,29 @@ def write_video(
     return path
 
 
+def write_scrolling(
+    path: Path, frames: int, codec: str = "libx264", options: dict[str, str] | None = None, uneven: bool = False
+) -> Path:
+    """Write a video of noise that scrolls, no frame like another, cut every 70 frames; uneven: at a varying rate."""
+    random = np.random.default_rng(0)
+    scene = random.integers(0, 255, (60, 80, 3), np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(30), options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        time = 0
+        for i in range(frames):
+            if i % 70 == 0:
+                scene = np.ascontiguousarray(scene[::-1])
+            top, left = 2 * i % 170, 3 * i % 220
+            frame = av.VideoFrame.from_ndarray(scene[top : top + 64, left : left + 96].copy(), format="rgb24")
+            time += int(random.integers(10, 90)) if uneven else 33
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 def write_pictures(folder: Path, sizes: dict[str, tuple[int, int]], caption: str | None = "a red square") -> Path:
     """Write one PNG a name with the given (width, height), and its caption unless that is None; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,19 @@
 """The benchmarks compare like with like: both sides compute the same, and the rows say what was measured."""
 
 import json
+import time
 
 import pytest
 import torch
 
-from bench import denoise, dit, measure, precision, swapping, training, vae
+from bench import caching, denoise, dit, measure, precision, swapping, training, vae
 from bench.dit import Size
 from bench.measure import Row, Setting
+from dataset.config import load_config
+from dataset.items import find_sources
+from dataset.media import plan_items
 from tests.tiny import state_dict
+from wan.vae import build_vae
 
 SMALL = Size(64, 96, 2, 2, 32, (1, 4, 4))
 
@@ -48,6 +53,22 @@ def test_bytes_kept_for_the_backward_pass_are_those_of_activations():
     layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
     x = torch.randn(100, 8)
     assert training.kept_bytes(lambda: layer(x), torch.nn.ModuleList(layer)) == 2 * x.nbytes  # into each of the two
+
+
+def test_caching_writes_what_the_plain_loop_writes(tmp_path):
+    caching.write_videos(tmp_path / "v", 2, 30, 160, 96)
+    keys = f'video_directory = "{tmp_path / "v"}"\ncaption_extension = ".txt"\nresolution = [64, 64]\n'
+    keys += 'frame_extraction = "uniform"\ntarget_frames = [5]\nframe_sample = 3\n'
+    model = build_vae(state_dict("vae"))
+    for side in ("ours", "theirs"):
+        (tmp_path / "d.toml").write_text(f'[[datasets]]\ncache_directory = "{tmp_path / side}"\n{keys}')
+        configs = load_config(tmp_path / "d.toml")
+        items = [item for source in find_sources(configs[0]) for item in plan_items(source, configs[0])]
+        start = time.perf_counter()
+        ours = side == "ours"
+        idle = caching.cache_ours(configs, model) if ours else caching.cache_plainly(configs[0], items, model)
+        assert 0 < idle < time.perf_counter() - start
+    assert len(items) == 6 and caching.apart(tmp_path / "ours", tmp_path / "theirs") == 0
 
 
 def test_rows_are_shown_and_written_as_json(tmp_path, capsys):

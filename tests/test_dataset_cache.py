@@ -22,6 +22,8 @@ from dataset.cache import (
 )
 from dataset.config import ImageConfig, VideoConfig
 from dataset.items import DatasetItem, Source
+from dataset.provenance import Making
+from tests.media import write_pictures, write_video
 from utils.errors import UserError
 
 LATENTS = {"latents": torch.randn(16, 2, 8, 12)}
@@ -54,6 +56,9 @@ def test_file_names_tell_name_window_and_size(tmp_path: Path):
 def test_the_media_name_is_read_back_from_a_file_name(tmp_path: Path):
     for config, item in ((image_config(tmp_path), picture("a_1x2_ö.png")), (video_config(tmp_path), clip("x_0-1.mp4"))):
         assert media_name(config, latent_path(config, item)) == item.source.name
+    videos = video_config(tmp_path)
+    paths = {latent_path(videos, clip(name, 0, 13)): name for name in ("a.mp4", "a_00000-013.mp4")}
+    assert {media_name(videos, path): name for path, name in paths.items()} == {Path(n).stem: n for n in paths.values()}
     assert media_name(image_config(tmp_path), Path("holiday_wan.safetensors")) is None
     assert media_name(video_config(tmp_path), Path("a_0096x0064_wan.safetensors")) is None
 
@@ -136,6 +141,8 @@ def test_why_latents_are_to_be_cached_again(tmp_path: Path):
 
     assert why() == "not cached yet"
     path = write_latents(config, item, LATENTS, torch.float32)
+    assert why() == "of another number of frames"
+    path = write_latents(config, item, {"latents": LATENTS["latents"][:, :1]}, torch.float32)
     assert why() is None
     assert why(names=("latents", "latents_image", "clip")) == "without latents_image and clip"
     assert why(dtype=torch.bfloat16) == "in float32"
@@ -146,15 +153,23 @@ def test_why_latents_are_to_be_cached_again(tmp_path: Path):
 
 
 def test_latents_of_another_frame_rate_or_of_other_one_frame_indices_are_cached_again(tmp_path: Path):
-    """Neither shows in a file's name or shapes."""
-    config = video_config(tmp_path)
+    """Neither shows in a file's name or shapes; an older version told the rate under a key of its own."""
+    config = replace(video_config(tmp_path / "cache"), video_directory=tmp_path)
+    item = clip(str(write_video(tmp_path / "a.mp4", 5)))
     for written, wanted in ((None, 30.0), (30.0, 24.0), (30.0, None)):
-        write_latents(replace(config, source_fps=written), clip(), LATENTS, torch.float32)
-        same, other = (
-            why_remake_latents(replace(config, source_fps=fps), clip(), ["latents"], torch.float32)
-            for fps in (written, wanted)
-        )
-        assert (same, other) == (None, "of another source_fps")
+        for older in (False, True):
+            path = write_latents(
+                replace(config, source_fps=written), item, LATENTS, torch.float32, None if older else Making()
+            )
+            if older and written:
+                metadata = read_header(path).metadata | {"source_fps": f"{written:g}"}
+                save_file(load_file(path), path, metadata)
+            same, other = (
+                why_remake_latents(replace(config, source_fps=fps), item, ["latents"], torch.float32, Making())
+                for fps in (written, wanted)
+            )
+            told = not older or written
+            assert (same, other) == (None, "of another source_fps" if told else None)
     config = replace(image_config(tmp_path), fp_1f_clean_indices=(0,), fp_1f_target_index=1)
     indices = {"f_indices": torch.tensor([0, 1])}
     write_latents(config, picture(), LATENTS | indices, torch.float32)
@@ -170,19 +185,28 @@ def test_why_a_text_is_to_be_cached_again(tmp_path: Path):
     assert why_remake_text(path, source) == "not cached yet"
     write_text(image_config(tmp_path), source, torch.zeros(2, 4))
     assert why_remake_text(path, source) is None
-    assert why_remake_text(path, Source(Path("a.png"), "two", False)) == "of another caption"
+    assert why_remake_text(path, Source(Path("a.png"), "two", False)) == "caption changed"
 
 
-def test_what_is_no_complete_cache_file_of_this_kind_may_not_be_deleted(tmp_path: Path):
-    config = image_config(tmp_path)
-    good = write_latents(config, picture(), LATENTS, torch.float32)
-    cut = tmp_path / "b_0100x0064_wan.safetensors"
-    cut.write_bytes(good.read_bytes()[:-5])
-    text = tmp_path / "c_0100x0064_wan.safetensors"
-    text.write_text("my notes")
-    of_a_video = write_latents(video_config(tmp_path), clip(), LATENTS, torch.float32)
-    assert [may_be_deleted(path, config) for path in (good, cut, text, of_a_video)] == [True, False, False, False]
-    assert may_be_deleted(of_a_video, video_config(tmp_path))
+def test_only_what_says_that_it_was_made_for_this_dataset_may_be_deleted(tmp_path: Path):
+    images = write_pictures(tmp_path / "images", {"a": (100, 64)})
+    config = replace(image_config(tmp_path / "cache"), image_directory=images)
+    item = picture(str(images / "a.png"))
+    ours = write_latents(config, item, LATENTS, torch.float32, Making())
+    text = write_text(config, item.source, torch.zeros(2, 4), Making())
+    assert may_be_deleted(ours, config) and may_be_deleted(text, config)
+    others = (
+        replace(image_config(tmp_path / "cache"), image_directory=tmp_path),
+        replace(image_config(tmp_path / "cache"), image_jsonl_file=tmp_path / "images.jsonl"),
+        replace(video_config(tmp_path / "cache"), video_directory=images),
+    )
+    assert not any(may_be_deleted(path, other) for path in (ours, text) for other in others)
+    cut = tmp_path / "cache" / "b_0100x0064_wan.safetensors"
+    cut.write_bytes(ours.read_bytes()[:-5])
+    notes = tmp_path / "cache" / "c_0100x0064_wan.safetensors"
+    notes.write_text("my notes")
+    untold = write_latents(config, picture("d.png"), LATENTS, torch.float32)
+    assert not any(may_be_deleted(path, config) for path in (cut, notes, untold))
 
 
 def test_a_file_being_written_is_not_listed(tmp_path: Path):

@@ -1,11 +1,11 @@
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from dataset.config import ImageConfig, VideoConfig, dataset_metadata, load_config
+from dataset.config_keys import IMAGE, OLD_SPELLINGS, VIDEO
 from tests.media import write_toml
 from utils.errors import UserError
 
@@ -77,9 +77,13 @@ def test_an_old_spelling_is_read_as_the_new_one_with_a_warning(tmp_path: Path, c
         ("enable_bucket = 1", "line 4: enable_bucket = 1: must be true or false."),
         ("caption_extension = 5", "line 4: caption_extension = 5: must be a text in quotes."),
         ("target_frames = [1]", "line 4: target_frames: belongs in video datasets."),
-        ("multiple_target = true", "line 4: multiple_target is not supported yet"),
-        ("control_resolution = 512", "line 4: control_resolution is not supported yet"),
-        ("fp_1f_target_index = 1", "fp_1f_clean_indices and fp_1f_target_index must be given together."),
+        ('caption_extension = "a/b"', 'line 4: caption_extension = "a/b": must be the end of a file name'),
+        ('cache_directory = "~nobody-here/c"', "begins with ~, but there is no such user"),
+        ("resolution = [832, 480000]", "line 4: resolution = [832, 480000]: is too large"),
+        ("num_repeats = 99999999", "line 4: num_repeats = 99999999: must be a whole number of at most 1000000."),
+        ("ENABLE_BUCKET = true", "line 4: ENABLE_BUCKET: unknown key. Did you mean 'enable_bucket'?"),
+        ("fp_1f_target_index = 1", "line 4: fp_1f_target_index stands alone: fp_1f_clean_indices and"),
+        ("fp_1f_clean_indices = [0]\nfp_1f_target_index = 1", "there are no control pictures. Give their folder"),
         ("fp_1f_clean_indices = [0, 1]\nfp_1f_target_index = 1", "must all differ."),
         ("fp_1f_clean_indices = [0, 1, 2]\nfp_1f_target_index = 3", "one or two control pictures"),
     ],
@@ -88,6 +92,44 @@ def test_an_error_names_file_line_key_value_and_what_is_right(tmp_path: Path, li
     path = config_text(tmp_path, f'[general]\n[[datasets]]\nimage_directory = "i"\n{line}\n')
     error = error_of(path)
     assert error.startswith(str(path)) and message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('"enable_bukcet": true', "[[datasets]] 2, line 6: enable_bukcet: unknown key. Did you mean 'enable_bucket'?"),
+        ('"enable_bucket":\n 1', "[[datasets]] 2, line 6: enable_bucket = 1: must be true or false."),
+        ('"batch_size": 1, "batch_size": 2', "is not valid JSON (the key batch_size stands there twice)"),
+        ('"batch_size": 1,', "is not valid JSON (Expecting property name"),
+    ],
+)
+def test_an_error_in_a_json_file_names_the_line_too(tmp_path: Path, entry: str, message: str):
+    path = tmp_path / "data.json"
+    general = '{"general": {"resolution": 64, "batch_size": 3},\n"datasets": [\n'
+    first = '{"image_directory": "enable_bukcet\\"}{",\n "enable_bucket": true},\n'
+    path.write_text(f'{general}{first}{{"image_directory": "j",\n{entry}}}]}}')
+    assert message in (error := error_of(path)) and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("dataset", "idle"),
+    [
+        ({"image_directory": "i", "multiple_target": True}, "line 5: multiple_target (Wan makes one picture"),
+        ({"image_directory": "i", "fp_1f_no_post": True}, "line 5: fp_1f_no_post (FramePack's, not Wan's)"),
+        ({"image_directory": "i", "no_resize_control": True}, "no_resize_control (there is no control_directory)"),
+        ({"image_directory": "i", "bucket_no_upscale": True}, "bucket_no_upscale (it needs enable_bucket = true)"),
+        ({"video_directory": "v", "frame_stride": 4}, 'frame_stride (it belongs to frame_extraction = "slide")'),
+        ({"video_directory": "v", "video_jsonl_file": "l"}, "video_jsonl_file (the directory beside it wins)"),
+        (
+            {"video_jsonl_file": "l", "cache_directory": "c", "control_directory": "d"},
+            "control_directory (in a JSONL file each line names its control_path)",
+        ),
+        ({"video_directory": "v", "frame_extraction": "slide", "frame_stride": 4, "enable_bucket": True}, None),
+    ],
+)
+def test_keys_that_change_nothing_are_named_in_one_warning(tmp_path: Path, dataset: dict, idle: str | None, caplog):
+    assert load_config(write_toml(tmp_path / "d.toml", {"resolution": 64}, dataset))
+    assert [idle in message for message in caplog.messages] == ([True] if idle else [])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +204,10 @@ def test_every_example_in_the_docs_is_a_valid_dataset_file(tmp_path: Path):
     assert len(examples) >= 6 and all(load_config(config_text(tmp_path, text)) for text in examples)
 
 
-def test_the_docs_name_every_key(tmp_path: Path):
+def test_the_docs_have_an_example_and_a_line_for_every_key():
     page = (Path(__file__).parent.parent / "docs" / "dataset_config.md").read_text(encoding="utf-8")
-    keys = {field.name for cls in (ImageConfig, VideoConfig) for field in fields(cls)} - {"where"}
-    assert {key for key in keys if f"`{key}`" not in page} == set()
+    examples = "\n".join(re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
+    table = page[page.index("## Every key") :]
+    keys = IMAGE.keys() | VIDEO.keys()
+    assert {key for key in keys if not re.search(rf"^{key} = ", examples, re.MULTILINE)} == set()
+    assert {key for key in keys | OLD_SPELLINGS.keys() if f"`{key}`" not in table} == set()

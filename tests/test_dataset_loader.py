@@ -47,7 +47,7 @@ def test_recorded_caches_give_the_recorded_items_buckets_and_batches(golden: Pat
     configs = load_config(tmp_path / "data.toml")
     recorded = json.loads((golden / "batches.json").read_text())
     for config, want in zip(configs, recorded["datasets"], strict=True):
-        items = find_cached(config)
+        items, _ = find_cached(config)
         sizes = Counter()
         for item in items:
             frames, height, width = dict(item.shapes)["latents"][1:]
@@ -167,12 +167,13 @@ def test_damaged_and_foreign_files_are_left_out_named_and_not_touched(tmp_path: 
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_latents_without_text_are_counted_in_one_warning(tmp_path: Path, caplog):
+def test_latents_without_text_are_left_out_and_known(tmp_path: Path):
     cached(tmp_path, 4)
     for name in ("a00", "a03"):
         (tmp_path / f"{name}_wan_te.safetensors").unlink()
-    assert len(dataset(tmp_path)) == 2
-    assert "2 latent caches have no text cache and are left out" in caplog.text and len(caplog.records) == 1
+    data = dataset(tmp_path)
+    assert len(data) == 2
+    assert [path.name for path in data.without_text] == [f"a0{i}_0064x0064_wan.safetensors" for i in (0, 3)]
 
 
 def test_empty_caches_are_an_error_that_says_what_to_run(tmp_path: Path):

@@ -44,7 +44,7 @@ def videos(folder: Path, frames: dict[str, int], **keys: object) -> list[Dataset
 
 
 def cache(configs, load, names=I2V, images=("first",), options=SKIPPING) -> CachingResult:
-    return cache_latents(configs, load, torch.float32, options, names, images)
+    return cache_latents(configs, load, torch.float32, options, names, images=images)
 
 
 def not_loaded() -> None:
@@ -96,10 +96,10 @@ def test_skip_existing_tells_caches_of_first_frames_from_those_of_first_and_last
     assert len(cache(configs, not_loaded, images=BOTH).kept) == 2
     assert len(cache(configs, not_loaded, T2V).kept) == 2  # trained without looking at the condition
     assert len(cache(configs, lambda: encoders, names).written) == 2
-    assert "2 cache files to make: with the last frame" in caplog.text
+    assert "2 items: with the last frame" in caplog.text
     assert len(cache(configs, not_loaded, names).kept) == 2
     reason = "without the last frame" if names == I2V else "without clip"
-    assert f"2 cache files to make: {reason}" in caplog.text
+    assert f"2 items: {reason}" in caplog.text
 
 
 def test_skip_existing_tells_one_frame_caches_from_those_of_plain_pictures(tmp_path: Path, encoders, caplog):
@@ -111,9 +111,9 @@ def test_skip_existing_tells_one_frame_caches_from_those_of_plain_pictures(tmp_p
     caplog.set_level(logging.INFO)
     assert cache(one_frame, lambda: encoders, ONE_FRAME).written
     assert cache(one_frame, not_loaded, ONE_FRAME).kept
-    assert cache(pictures, lambda: encoders, I2V).written and "to make: of one-frame training" in caplog.text
+    assert cache(pictures, lambda: encoders, I2V).written and "1 item: of one-frame training" in caplog.text
     assert cache(pictures, not_loaded, I2V).kept
-    assert cache(one_frame, lambda: encoders, ONE_FRAME).written and "to make: without f_indices" in caplog.text
+    assert cache(one_frame, lambda: encoders, ONE_FRAME).written and "1 item: without f_indices" in caplog.text
 
 
 def test_what_has_no_last_frame_besides_the_first_is_refused_before_anything_is_read(tmp_path: Path):

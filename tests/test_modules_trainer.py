@@ -435,7 +435,7 @@ def test_caches_of_another_task_are_refused(trainer):
             "i2v-14B",
             "dit_i2v",
             {"latents_image": (20, 1, 8, 8)},
-            "--task i2v-14B: these caches have no clip features, e.g. cache. Run wan_cache_latents.py with --clip PATH",
+            "--task i2v-14B: these caches have no clip features, e.g. cache (1 of 1). Run wan_cache_latents.py with --clip PATH",
         ),
         (
             "flf2v-14B",

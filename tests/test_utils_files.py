@@ -4,20 +4,25 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.exc
 import torch._inductor.exc
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from tests.conftest import ROOT
 from utils.devices import default_device
 from utils.errors import UserError, run_script
-from utils.files import atomic_path, require_file, require_writable_folder
-from utils.safetensors_io import open_tensors, read_metadata, save_file_atomically
+from utils.files import atomic_path, remove_leftovers, require_file, require_writable_folder, write_whole
+from utils.identity import _pieces, weights_identity
+from utils.safetensors_io import open_tensors, read_metadata, save_file_atomically, to_bytes
+from utils.version import VERSION
 
 
 def line(call) -> str:
@@ -244,3 +249,101 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     with open_tensors(path, "--x") as file:
         os.truncate(path, 2000)
         assert f"--x {path}: the file is truncated" in line(lambda: list(file.each(["a"], mapped=False)))
+
+
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from utils.files import write_whole
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+write_whole(Path({str(tmp_path / "a.safetensors")!r}), [b"half"])
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode != 0
+    (left,) = tmp_path.iterdir()
+    others = [tmp_path / name for name in ("a.safetensors", ".b.1234.unfinished", ".c.tmp", "d.12345678.unfinished")]
+    for path in others:
+        path.write_bytes(b"mine")
+    if sys.platform == "win32":
+        os.utime(left, (0, 0))
+    assert remove_leftovers(tmp_path, dry_run=True) == [left] and left.exists()
+    assert remove_leftovers(tmp_path) == [left] and not left.exists()
+    assert all(path.read_bytes() == b"mine" for path in others)
+    assert remove_leftovers(tmp_path / "nowhere") == []
+
+
+def test_what_a_living_process_writes_is_no_leftover(tmp_path, monkeypatch):
+    seen = []
+
+    def look(_):
+        seen.append(([path.name for path in tmp_path.iterdir()], remove_leftovers(tmp_path)))
+
+    monkeypatch.setattr("os.fsync", look)
+    write_whole(tmp_path / "a.bin", [b"12", memoryview(b"3")])
+    ((names, removed),) = seen
+    assert len(names) == 1 and names[0].startswith(".a.") and removed == []
+    assert (tmp_path / "a.bin").read_bytes() == b"123" and os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks to take there")
+def test_a_name_that_was_removed_before_it_was_locked_is_not_written_to(tmp_path, monkeypatch):
+    import fcntl
+
+    lock, taken = fcntl.flock, []
+
+    def after_a_removal(file, how):
+        if not taken:
+            taken.append(True)
+            for path in tmp_path.iterdir():
+                path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_a_removal)
+    write_whole(tmp_path / "a.bin", [b"123"])
+    assert os.listdir(tmp_path) == ["a.bin"] and taken
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_is_told_with_the_bytes_needed_and_free(tmp_path, monkeypatch, number):
+    (tmp_path / "a.bin").write_bytes(b"before")
+
+    def full(_):
+        raise OSError(number, "full")
+
+    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
+    text = line(lambda: write_whole(tmp_path / "a.bin", [b"x" * 1000, b"y" * 1000]))
+    assert text.startswith(f"{tmp_path / 'a.bin'}: 2,000 bytes are needed, but the disk has 123,456 free.")
+    assert (tmp_path / "a.bin").read_bytes() == b"before" and os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_bytes_of_tensors_are_those_that_the_library_reads_and_aligned(tmp_path):
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(5, dtype=torch.int32), "ö": torch.ones(3).half()}
+    for length in range(9):
+        parts = to_bytes(tensors, {"z": "ö" * length, "a": '"{}\n'})
+        write_whole(tmp_path / "x.safetensors", parts)
+        assert len(parts[1]) % 8 == 0
+        loaded = load_file(tmp_path / "x.safetensors")
+        assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+        assert read_metadata(tmp_path / "x.safetensors") == {"z": "ö" * length, "a": '"{}\n'}
+
+
+def test_weight_files_are_told_apart_by_a_few_megabytes(tmp_path, monkeypatch):
+    tensors = {f"t{i}": torch.full((1 << 18,), float(i)) for i in range(40)}  # 1 MiB each
+    same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    save_file(tensors, tmp_path / "x.safetensors")
+    shutil.copy(tmp_path / "x.safetensors", same)
+    save_file({**tensors, "t17": torch.ones(1 << 18)}, other)
+    identities = {path.name: weights_identity(path, "--vae") for path in tmp_path.iterdir()}
+    assert identities["x.safetensors"] == identities["same.safetensors"] != identities["other.safetensors"]
+    assert sum(length for _, length in _pieces(10 << 30)) == 6 << 20
+    for n in (1, 2):
+        save_file({f"k{n}": torch.zeros(4)}, tmp_path / f"m-0000{n}-of-00002.safetensors")
+    whole = weights_identity(tmp_path / "m-00001-of-00002.safetensors", "--t5")
+    assert whole == weights_identity(tmp_path / "m-00002-of-00002.safetensors", "--t5")
+    save_file({"k2": torch.ones(4)}, tmp_path / "m-00002-of-00002.safetensors")
+    assert whole != weights_identity(tmp_path / "m-00001-of-00002.safetensors", "--t5")
+
+
+def test_files_tell_the_version_that_the_project_is_installed_as():
+    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -89,6 +89,18 @@ def test_what_the_first_process_makes_all_have_and_only_it_makes_and_logs(tmp_pa
     assert fork(main, tmp_path, 3)[0] == [0, 0, 0]
 
 
+@needs_fork
+def test_what_each_process_has_all_get_in_order(tmp_path):
+    def main():
+        with joined() as processes:
+            got = processes.exchange({"rank": processes.rank, "x": torch.arange(1000 * processes.rank)})
+            assert [(one["rank"], len(one["x"])) for one in got] == [(0, 0), (1, 1000), (2, 2000)]
+            assert got[2]["x"].tolist() == list(range(2000))
+
+    assert fork(main, tmp_path, 3) == ([0, 0, 0], "")
+    assert Processes().exchange(5) == [5]
+
+
 def test_one_process_is_alone_without_a_group(monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere"}.items():
         monkeypatch.setenv(name, value)

@@ -1,13 +1,26 @@
 """Files that exist when they are needed and are complete once they have their name."""
 
 import contextlib
+import errno
+import io
 import os
+import re
+import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.options import suggest
+
+try:
+    import fcntl
+except ImportError:  # Windows, which refuses to delete files that are open
+    fcntl = None
+
+_UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}\.unfinished")
+_ABANDONED = 60  # seconds without a change; where there are no locks
 
 
 def require_file(path: Path | str | None, option: str, what: str) -> Path:
@@ -40,9 +53,9 @@ def require_writable_folder(folder: Path, option: str) -> Path:
         raise UserError(f"{option} {folder}: {blocking} is a file, not a folder", "choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+        probe = _unfinished_name(folder / "probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{option} {folder}: cannot be written to ({error.strerror})", "choose another folder"
@@ -77,3 +90,85 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write a file under a temporary name, which `remove_leftovers` knows, and rename it once it is on the disk.
+
+    Raises UserError with the bytes needed and free where the disk is full, else OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, file = _claim(path)
+    try:
+        with file:
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+            if fcntl:  # locked until it has its name
+                os.replace(temporary, path)
+        if not fcntl:
+            os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path, sum(map(len, parts))) from error
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_full(path: Path, needed: int) -> UserError:
+    """Return the error of a file of so many bytes that there is no room for."""
+    free = shutil.disk_usage(path.parent).free
+    return UserError(
+        f"{path}: {needed:,} bytes are needed, but the disk has {free:,} free",
+        "free some space and run again with --skip_existing; the files before it are complete",
+    )
+
+
+def remove_leftovers(folder: Path, dry_run: bool = False) -> list[Path]:
+    """Remove the unfinished files that a killed process left in a folder, and return them; not what one still writes.
+
+    dry_run: only return them.
+    """
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError):  # that of a lock that is held above all
+                if fcntl is None:
+                    if time.time() - path.stat().st_mtime < _ABANDONED:
+                        continue
+                    if not dry_run:
+                        path.unlink()
+                else:
+                    with open(path, "rb+") as file:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        if not dry_run:
+                            path.unlink()
+                found.append(path)
+    return found
+
+
+def _unfinished_name(path: Path) -> Path:
+    return path.with_name(f".{path.stem[:100]}.{uuid.uuid4().hex[:8]}.unfinished")
+
+
+def _claim(path: Path) -> tuple[Path, io.FileIO]:
+    """Return a new temporary file beside `path`, and it opened and locked, so that nobody takes it for a leftover."""
+    while True:
+        temporary = _unfinished_name(path)
+        file = open(temporary, "xb", buffering=0)  # noqa: SIM115
+        if fcntl is None:
+            return temporary, file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(temporary.stat(), os.fstat(file.fileno())):
+                return temporary, file
+        except (BlockingIOError, FileNotFoundError):
+            pass  # removed by another process before it was locked
+        except OSError:  # a file system without locks: its leftovers stay
+            return temporary, file
+        file.close()

@@ -50,8 +50,9 @@ class ConfigFileOptions:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return "Did you mean 'x'?" for the known word nearest to `word`, or "" when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else ""
+    lowered = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return f"did you mean '{lowered[near[0]]}'?" if near else ""
 
 
 def parse_options(doc: str | None, *groups: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:

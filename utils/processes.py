@@ -80,6 +80,19 @@ class Processes:
             _send((True, value))
         return value
 
+    def exchange(self, value: T) -> list[T]:
+        """Return what each process passes in, in their order, on all of them; tensors come on the CPU."""
+        if self.count == 1:
+            return [value]
+        content = _packed(value)
+        with answered():
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+            dist.all_gather(sizes, torch.tensor([len(content)]))
+            longest = int(max(sizes))
+            contents = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.count)]
+            dist.all_gather(contents, torch.nn.functional.pad(content, (0, longest - len(content))))
+        return [_unpacked(content[: int(size)]) for content, size in zip(contents, sizes, strict=True)]
+
     def leave(self) -> None:
         """Wait for all processes and part from them: each goes on by itself."""
         if self._together:
@@ -159,10 +172,19 @@ class _Ended(Exception):
     """The first process has an error, and says so itself."""
 
 
-def _send(value: Any) -> None:
+def _packed(value: Any) -> torch.Tensor:
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+def _unpacked(content: torch.Tensor) -> Any:
+    # Whole objects, which no file could bring in here: they are from the processes of this very run.
+    return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=False)
+
+
+def _send(value: Any) -> None:
+    content = _packed(value)
     dist.broadcast(torch.tensor([len(content)]), 0)
     dist.broadcast(content, 0)
 
@@ -172,8 +194,7 @@ def _received() -> Any:
     dist.broadcast(size, 0)
     content = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(content, 0)
-    # Whole objects, which no file could bring in here: they are from the first process of this very run.
-    done, value = torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=False)
+    done, value = _unpacked(content)
     if not done:
         raise _Ended
     return value

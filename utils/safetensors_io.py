@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from utils.errors import UserError
@@ -69,7 +69,7 @@ class TensorFile:
         if path.suffix.lower() in _PICKLES:
             self._in_memory = _load_pickle(path, option)
         else:
-            for shard in _shards(path, option):
+            for shard in shards_of(path, option):
                 self._open(shard)
 
     def _open(self, path: Path) -> None:
@@ -207,13 +207,27 @@ def save_file_atomically(
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """Return the parts of a safetensors file of these tensors, the same bytes every time.
+
+    The library writes the metadata in an order of chance.
+    """
+    content = memoryview(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(bytes(content[8:start]))}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are to be aligned
+    return [struct.pack("<Q", len(text)), text, content[start:]]
+
+
 def _advise(pages: mmap.mmap, advice: int, entry: Entry) -> None:
     """Tell the system what becomes of the pages that a tensor is on."""
     start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
     pages.madvise(advice, start, entry.start + entry.size - start)
 
 
-def _shards(path: Path, option: str) -> list[Path]:
+def shards_of(path: Path, option: str) -> list[Path]:
+    """Return the parts of a weight file, or the file itself; UserError for missing ones."""
     match = _SHARD.match(path.name)
     if not match:
         return [path]
