@@ -441,7 +441,7 @@ def test_caches_of_another_task_are_refused(trainer):
             "flf2v-14B",
             "dit_flf2v",
             {},
-            "--task flf2v-14B: these caches have no image latents, e.g. cache. "
+            "--task flf2v-14B: these caches have no image latents, e.g. cache (1 of 1). "
             "Run wan_cache_latents.py with --flf2v --clip PATH again.",
         ),
         (
