@@ -18,15 +18,8 @@ from dataset.config import DatasetOptions, load_config
 from modules.caching import CachingOptions
 from modules.dataset_page import check_outputs, write_report
 from modules.dataset_report import ReportOptions, examine
-from modules.latent_caching import (
-    I2V,
-    I2V_WITHOUT_CLIP,
-    ONE_FRAME,
-    ONE_FRAME_WITHOUT_CLIP,
-    T2V,
-    cache_latents,
-    load_latent_encoders,
-)
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import I2V, I2V_WITHOUT_CLIP, ONE_FRAME, ONE_FRAME_WITHOUT_CLIP, T2V, load_latent_encoders
 from modules.preview import PreviewOptions, preview
 from utils.devices import parse_dtype
 from utils.errors import UserError, run_script

@@ -31,7 +31,8 @@ from dataset.config import DatasetConfig, load_config
 from dataset.items import DatasetItem, find_sources
 from dataset.media import plan_items, resample, resize_to_bucket
 from modules.caching import CachingOptions
-from modules.latent_caching import LatentEncoders, as_pixels, cache_latents
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import LatentEncoders, as_pixels
 from wan.vae import WanVAE, load_vae
 
 VAE = Path(__file__).resolve().parent.parent / "examples" / "tiny_world" / "weights" / "vae.safetensors"

@@ -20,7 +20,7 @@ from dataset.decoding import MediaError, decoded_frames, load_image
 from dataset.media import resize_to_bucket
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
-from modules.latent_caching import as_pixels
+from modules.latent_encoding import as_pixels
 from modules.outputs import LATENT_CHANNELS, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.solvers import Step, Velocity, sample

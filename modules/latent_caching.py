@@ -9,65 +9,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
 from dataset.cache import latent_files, latent_path, media_name, why_remake_latents, write_latents
-from dataset.config import DatasetConfig, ImageConfig, VideoConfig
+from dataset.config import DatasetConfig, VideoConfig
 from dataset.decoding import MediaError
 from dataset.items import DatasetItem, Source, find_sources, uncaptioned
 from dataset.media import Clip, plan_items, read_clips, require_fitting_controls
 from dataset.provenance import Making
 from modules.caching import CachingOptions, CachingResult, check_run, delete_stale, evenly, log_reasons, note_untold
 from modules.dry_run import log_plan
+from modules.latent_encoding import T2V, LatentEncoders, encode_clips, encode_one_frame
 from modules.quarantine import NO_CAPTION, write_quarantine
 from modules.read_ahead import Ahead
-from utils.devices import compute_dtype
 from utils.errors import UserError
 from utils.processes import Processes
-from wan.clip import ClipOptions, ImageEncoder, load_clip
-from wan.conditioning import first_frame_condition, first_last_condition
-from wan.vae import VaeOptions, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
 _Job = tuple[DatasetConfig, Source]
-
-# The tensors of a latent cache file, by what is to be trained. Wan2.2's image-to-video models know no CLIP.
-# Those of a model for a first and a last frame are called like those for a first frame.
-T2V = ("latents",)
-I2V_WITHOUT_CLIP = ("latents", "latents_image")
-I2V = ("latents", "latents_image", "clip")
-ONE_FRAME_WITHOUT_CLIP = ("latents", "latents_image", "f_indices")
-ONE_FRAME = ("latents", "latents_image", "f_indices", "clip")
-
-# The frames of a clip that its condition can show, by the names in WanConfig.images.
-SHOWN = {"first": 0, "last": -1}
-
-
-@dataclass(frozen=True)
-class LatentEncoders:
-    """What turns pixels into the tensors of a latent cache file."""
-
-    vae: WanVAE
-    clip: ImageEncoder | None
-
-
-def load_latent_encoders(
-    vae: VaeOptions, clip: ClipOptions, dtype: torch.dtype, device: torch.device
-) -> LatentEncoders:
-    """Return the VAE, and CLIP where its weights are given, ready to encode on a device.
-
-    dtype: of the VAE on a GPU; a CPU computes in float32, where it is faster than in 16 bits.
-    """
-    computing = torch.float32 if device.type == "cpu" else dtype
-    loaded_vae = load_vae(vae.vae, computing, device, vae.vae_cache_cpu, vae.tile)
-    return LatentEncoders(
-        vae=loaded_vae,
-        clip=load_clip(clip.clip, compute_dtype(torch.float16, device), device) if clip.clip else None,
-    )
 
 
 def cache_latents(
@@ -445,67 +406,3 @@ class _LatentWriter:
     def _write(self, config: DatasetConfig, items: list[DatasetItem], encoded: list[dict[str, Tensor]]) -> None:
         for item, tensors in zip(items, encoded, strict=True):
             self.written.append(write_latents(config, item, tensors, self.dtype, self.making))
-
-
-@torch.no_grad()
-def encode_clips(
-    encoders: LatentEncoders, clips: Sequence[Clip], names: Sequence[str], images: Sequence[str] = ("first",)
-) -> list[dict[str, Tensor]]:
-    """Return for each clip the tensors of its cache file; the clips must have one shape.
-
-    names: of latents [16 f h w], latents_image [20 f h w] and clip, the features of the frames that images names:
-    [257 D] of the first one, [2 257 D] of the first and the last one. latents_control [16 f h w] is added where the
-    clips have controls.
-    """
-    pixels = torch.stack([as_pixels(clip.pixels) for clip in clips])
-    tensors = {"latents": encoders.vae.encode(pixels)}
-    shown = [pixels[:, :, SHOWN[name]] for name in images]
-    if "latents_image" in names:
-        condition = first_last_condition if "last" in images else first_frame_condition
-        frames = pixels.shape[2]
-        tensors["latents_image"] = torch.stack(
-            [condition(encoders.vae, *pictures, frames) for pictures in zip(*shown, strict=True)]
-        )
-    if "clip" in names:
-        features = [encoders.clip.encode(pictures) for pictures in shown]
-        tensors["clip"] = features[0] if len(features) == 1 else torch.stack(features, dim=1)
-    if clips[0].controls:
-        tensors["latents_control"] = encoders.vae.encode(torch.stack([as_pixels(clip.controls[0]) for clip in clips]))
-    return [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(clips))]
-
-
-@torch.no_grad()
-def encode_one_frame(encoders: LatentEncoders, clip: Clip, config: ImageConfig) -> dict[str, Tensor]:
-    """Return the tensors of a one-frame cache file: a picture and its N control pictures as frames of one latent video.
-
-    latents [16 N+1 h w] and latents_image [20 N+1 h w] hold the frames in the order of f_indices [N+1], each encoded
-    alone; latents_image shows the controls (mask 1) and is grey in the picture's place (mask 0). clip [N 257 D] are the
-    features of the controls.
-    """
-    picture = as_pixels(clip.pixels)
-    controls = [as_pixels(control) for control in clip.controls]
-    picture_latent, grey, *control_latents = encoders.vae.encode(
-        torch.stack([picture, torch.zeros_like(picture), *controls])
-    )
-    indices = config.frame_indices
-    place = indices.index(config.fp_1f_target_index)
-    frames = [*control_latents[:place], picture_latent, *control_latents[place:]]
-    shown = [*control_latents[:place], grey, *control_latents[place:]]
-    mask = torch.ones(4, len(indices), *picture_latent.shape[2:])
-    mask[:, place] = 0
-    tensors = {
-        "latents": torch.cat(frames, dim=1),
-        "latents_image": torch.cat([mask, torch.cat(shown, dim=1)]),
-        "f_indices": torch.tensor(indices),
-    }
-    if encoders.clip is not None:
-        tensors["clip"] = encoders.clip.encode(torch.stack([control[:, 0] for control in controls]))
-    return tensors
-
-
-def as_pixels(frames: np.ndarray) -> Tensor:
-    """Return uint8 frames [F H W 3] or one picture [H W 3] as pixels [3 F H W] or [3 H W] in [-1, 1], float32.
-
-    In float32 whatever the VAE computes in: in bfloat16 the division would quantise the picture.
-    """
-    return rearrange(torch.from_numpy(frames), "... c -> c ...") / 127.5 - 1

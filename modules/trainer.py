@@ -20,6 +20,7 @@ from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints, model_metadata, new_session, training_metadata
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.optimizers import make_optimizer, make_schedule
+from modules.prediction import predict
 from modules.preflight import Plan, check
 from modules.run_logs import LoggingOptions, log_folder
 from modules.samples import Sampler
@@ -31,7 +32,6 @@ from utils.devices import default_device, dtype_name, parse_dtype
 from utils.errors import Stopped, UserError
 from wan.auto_swap import AutoSwap, auto_recommended
 from wan.checkpointing import offloading, save_memory
-from wan.configs import WanConfig
 from wan.loading import load_dit
 from wan.model import WanModel
 
@@ -476,30 +476,6 @@ class Trainer:
         bounds = (timesteps.min_timestep, timesteps.max_timestep)
         model = model_metadata(options.metadata, options.saving.output_name, family, self.trained.architecture, bounds)
         return {**self.trained.file_metadata(), **training_metadata(values), **model}
-
-
-def predict(dit: nn.Module, config: WanConfig, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
-    """Return the velocity [B 16 F H W] predicted at x_t [B 16 F H W] and t [B] under a batch's conditions."""
-    features = batch.clip if config.clip and config.images else None
-    if features is not None:
-        # Pictures of one video one after the other.
-        features = features.reshape(-1, *features.shape[-2:])
-    indices = None if batch.frame_indices is None else batch.frame_indices.tolist()
-    y = condition_latents(config, batch)
-    return dit(x_t, 1000 * t, batch.text, y=y, image_features=features, frame_indices=indices)
-
-
-def condition_latents(config: WanConfig, batch: Batch) -> Tensor | None:
-    """Return the channels that the DiT sees beside the noisy latents, [B 20 F H W] or [B 32 F H W], if any.
-
-    A Fun-Control model sees the control video and, without the mask, the latents of the first frame or nothing.
-    """
-    if not config.control:
-        return batch.latents_image if config.images else None
-    picture = torch.zeros_like(batch.latents_control)
-    if config.images:
-        picture[:, :, 0] = batch.latents_image[:, 4:, 0]
-    return torch.cat([batch.latents_control, picture], dim=1)
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ import torch
 
 from dataset.config import DatasetConfig, load_config
 from modules.caching import CachingOptions
-from modules.latent_caching import LatentEncoders, cache_latents
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import LatentEncoders
 from modules.text_caching import cache_texts
 from tests.media import write_pictures, write_toml, write_video
 from wan.t5 import TextEncoder, build_t5

@@ -17,7 +17,7 @@ from dataset.buckets import choose_bucket
 from dataset.config import load_config
 from dataset.media import at_16_fps, resize_to_bucket  # noqa: F401
 from dataset.media import frame_windows as windows_of
-from modules import flow_matching, generation, guidance, latent_caching, prompts, solvers
+from modules import flow_matching, generation, guidance, latent_caching, latent_encoding, prompts, solvers
 from modules.caching import CachingOptions
 from modules.generation_options import SamplingOptions
 from modules.text_caching import cache_texts
@@ -143,8 +143,8 @@ def resample_frames(source_fps, video_frames, start, end):
 
 def write_caches(toml_path, vae, t5, tokenizer_dir, clip=None, i2v=False, one_frame=False):
     configs = load_config(toml_path)
-    encoders = latent_caching.LatentEncoders(vae, clip and ImageEncoder(clip))
-    names = latent_caching.ONE_FRAME if one_frame else latent_caching.I2V if i2v else latent_caching.T2V
+    encoders = latent_encoding.LatentEncoders(vae, clip and ImageEncoder(clip))
+    names = latent_encoding.ONE_FRAME if one_frame else latent_encoding.I2V if i2v else latent_encoding.T2V
     options = CachingOptions(num_workers=1)
     latent_caching.cache_latents(configs, lambda: encoders, torch.float32, options, names)
     if t5 is not None:

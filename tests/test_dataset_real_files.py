@@ -19,7 +19,8 @@ from dataset.decoding import MediaError, decoded_frames
 from dataset.items import Source, find_sources
 from dataset.media import plan_items, read_clips
 from modules.caching import CachingOptions
-from modules.latent_caching import LatentEncoders, cache_latents
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import LatentEncoders
 from tests import tiny
 from tests.media import write_toml
 from utils.errors import UserError

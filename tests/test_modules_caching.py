@@ -13,7 +13,8 @@ from dataset.config import DatasetConfig, load_config
 from dataset.media import plan_items
 from dataset.provenance import KEY
 from modules.caching import CachingOptions, CachingResult
-from modules.latent_caching import I2V, ONE_FRAME, T2V, LatentEncoders, as_pixels, cache_latents
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import I2V, ONE_FRAME, T2V, LatentEncoders, as_pixels
 from modules.text_caching import cache_texts
 from tests.media import write_jsonl, write_pictures, write_toml, write_video
 from utils.errors import UserError

@@ -24,7 +24,8 @@ from dataset.media import read_clips
 from modules.caching import CachingOptions
 from modules.dataset_page import as_html, as_json, as_text
 from modules.dataset_report import HEADER, NO_CAPTION, FileReport, Report, examine
-from modules.latent_caching import I2V, ONE_FRAME, T2V, cache_latents, load_latent_encoders
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import I2V, ONE_FRAME, T2V, load_latent_encoders
 from tests.media import drawing, write_jsonl, write_pictures, write_toml, write_video
 from utils.errors import UserError
 from wan.clip import ClipOptions

@@ -16,7 +16,8 @@ from dataset.cache import read_header
 from dataset.config import DatasetConfig, load_config
 from modules.caching import CachingOptions
 from modules.dry_run import seconds_per_byte
-from modules.latent_caching import I2V, ONE_FRAME, T2V, LatentEncoders, cache_latents
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import I2V, ONE_FRAME, T2V, LatentEncoders
 from tests.media import write_jsonl, write_pictures, write_toml, write_video
 from wan.clip import ImageEncoder, build_clip
 from wan.vae import build_vae

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from modules.full_training import FullOptions, TrainedDit, rounded_at_random, step_in_float32
 from modules.precision import trained_precision
+from modules.prediction import predict
 from modules.run_logs import LoggingOptions
 from modules.states import unpacked
 from modules.train_options import TrainOptions
-from modules.trainer import Trainer, make_trainer, predict
+from modules.trainer import Trainer, make_trainer
 from tests import tiny
 from tests.test_wan_block_exchange import LateBothWays
 from utils.errors import UserError

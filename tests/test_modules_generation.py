@@ -25,7 +25,7 @@ from modules.generation import (
 )
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import decode_files
-from modules.latent_caching import load_latent_encoders
+from modules.latent_encoding import load_latent_encoders
 from modules.outputs import Files, OutputOptions, Result, load_latent, save_latent
 from modules.prompts import Request
 from modules.solvers import Step

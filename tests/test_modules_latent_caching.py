@@ -14,7 +14,8 @@ from dataset.media import read_clips
 from modules.caching import CachingOptions, CachingResult
 from modules.generation import encode_condition, encode_pictures
 from modules.generation_options import LoraOptions, Models, RunOptions
-from modules.latent_caching import I2V, I2V_WITHOUT_CLIP, ONE_FRAME, T2V, LatentEncoders, cache_latents
+from modules.latent_caching import cache_latents
+from modules.latent_encoding import I2V, I2V_WITHOUT_CLIP, ONE_FRAME, T2V, LatentEncoders
 from modules.prompts import PromptOptions, make_request
 from tests import tiny
 from tests.media import write_jsonl, write_pictures, write_toml, write_video

@@ -13,10 +13,11 @@ from torch._dynamo.utils import counters
 from dataset.loader import Batch, CachedItem
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.precision import frozen_precision
+from modules.prediction import condition_latents, predict
 from modules.preflight import check_caches, choose_attention
 from modules.run_logs import LoggingOptions
 from modules.train_options import AttentionOptions, TrainOptions
-from modules.trainer import Trainer, average_gradients, condition_latents, make_trainer, predict
+from modules.trainer import Trainer, average_gradients, make_trainer
 from tests.live_bytes import LiveBytes
 from tests.test_wan_auto_swap import Small
 from utils.errors import UserError
@@ -435,7 +436,8 @@ def test_caches_of_another_task_are_refused(trainer):
             "i2v-14B",
             "dit_i2v",
             {"latents_image": (20, 1, 8, 8)},
-            "--task i2v-14B: these caches have no clip features, e.g. cache (1 of 1). Run wan_cache_latents.py with --clip PATH",
+            "--task i2v-14B: these caches have no clip features, e.g. cache (1 of 1). "
+            "Run wan_cache_latents.py with --clip PATH",
         ),
         (
             "flf2v-14B",
