@@ -1,6 +1,5 @@
 """What a generation run will do: checked before the first model loads, named file by file, described for metadata."""
 
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from modules.solvers import sigma_schedule
 from networks.formats import delta_shapes
 from utils.errors import UserError
 from utils.files import require_file
+from utils.identity import file_hash
 from utils.safetensors_io import open_tensors
 from wan.attention import check_attention
 from wan.block_swap import check_swap
@@ -226,15 +226,6 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         "software": f"wan-tuner {project_version()}",
     }
     return {name: value for name, value in described.items() if value not in (None, [])}
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def project_version() -> str:

@@ -11,7 +11,6 @@ progress.json          how far the run is
 manifest.json          the SHA-256 of each of these
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 from dataset.loader import CachedDataset
 from modules.checkpoints import SavingOptions
 from utils.errors import UserError
+from utils.identity import file_hash
 from utils.options import option
 from utils.safetensors_io import open_tensors, save_file_atomically
 
@@ -162,7 +162,7 @@ def write_state(
                 file.flush()
                 os.fsync(file.fileno())
         _write_json(temporary / PROGRESS, asdict(progress))
-        _write_json(temporary / MANIFEST, {file.name: _sha256(file) for file in sorted(temporary.iterdir())})
+        _write_json(temporary / MANIFEST, {file.name: file_hash(file) for file in sorted(temporary.iterdir())})
         if path.exists():
             old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
             os.replace(path, old)
@@ -233,7 +233,7 @@ def why_broken(path: Path) -> str | None:
         for name, expected in hashes.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _sha256(path / name) != expected:
+            if file_hash(path / name) != expected:
                 return f"{name} is not what was saved (its hash differs)"
     except (ValueError, AttributeError):
         return f"{MANIFEST} is damaged"
@@ -337,11 +337,3 @@ def _write_json(path: Path, content: Any) -> None:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()

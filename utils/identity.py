@@ -10,6 +10,15 @@ _DIGITS = 32  # of a SHA-256 in hexadecimal, 128 bits
 _ENDS, _SAMPLE, _SAMPLES = 1 << 20, 1 << 16, 64  # bytes, bytes, how many
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def content_hash(path: Path, step: Callable[[], None] = lambda: None) -> str:
     """Return a hash of a file's bytes, or of the names and bytes of the files in a folder. Raises OSError.
 
