@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset.loader import Batch, batches_of, make_loader
-from modules.checkpoints import Checkpoints, model_metadata, new_session, training_metadata
+from modules.checkpoints import Checkpoints
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
+from modules.gradients import average_gradients
 from modules.optimizers import make_optimizer, make_schedule
 from modules.prediction import predict
 from modules.preflight import Plan, check
 from modules.run_logs import LoggingOptions, log_folder
+from modules.run_metadata import run_metadata
 from modules.samples import Sampler
 from modules.states import Progress, State, States, restore_optimizer, write_state
 from modules.stopping import Stop, command_to_resume
@@ -36,8 +38,6 @@ from wan.loading import load_dit
 from wan.model import WanModel
 
 logger = logging.getLogger(__name__)
-
-_BUNDLE = 1 << 26  # gradients to average over processes in one go
 
 
 def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) -> "Trainer":
@@ -126,7 +126,7 @@ class Trainer:
         torch.manual_seed(process_seed)
         self.checkpoints = Checkpoints(
             options.saving,
-            self.metadata(),
+            run_metadata(plan, self.optimizer_name, len(self.loader)),
             options.metadata.no_metadata,
             self.trained.file_dtype(),
             self.trained.hashed,
@@ -432,67 +432,6 @@ class Trainer:
             accelerator.num_processes,
             accelerator.gradient_accumulation_steps,
         )
-
-    def metadata(self) -> dict[str, str]:
-        """Return the metadata of the files, but for what changes from file to file."""
-        options, summary = self.plan.options, self.plan.data.summary()
-        timesteps, optimizer = options.timesteps, options.optimizer
-        values = {
-            **new_session(),
-            "output_name": options.saving.output_name,
-            "learning_rate": optimizer.learning_rate,
-            "num_train_items": summary.items,
-            "num_batches_per_epoch": len(self.loader),
-            "num_epochs": self.plan.epochs,
-            "gradient_checkpointing": options.precision.gradient_checkpointing,
-            "gradient_checkpointing_cpu_offload": options.precision.gradient_checkpointing
-            and options.precision.gradient_checkpointing_cpu_offload,
-            "gradient_accumulation_steps": options.training.gradient_accumulation_steps,
-            "max_train_steps": self.plan.total_steps,
-            "lr_warmup_steps": optimizer.lr_warmup_steps,
-            "lr_scheduler": optimizer.lr_scheduler,
-            "base_model_version": "wan",
-            **self.trained.training_metadata(),
-            "mixed_precision": self.plan.mixed_precision,
-            "seed": self.plan.seed,
-            "training_comment": options.metadata.training_comment,
-            "optimizer": self.optimizer_name,
-            "max_grad_norm": optimizer.max_grad_norm,
-            "fp8_base": options.precision.fp8_base,
-            "full_fp16": False,
-            "weighting_scheme": timesteps.weighting_scheme,
-            "logit_mean": timesteps.logit_mean,
-            "logit_std": timesteps.logit_std,
-            "mode_scale": timesteps.mode_scale,
-            "guidance_scale": 1.0,
-            "timestep_sampling": timesteps.timestep_sampling,
-            "sigmoid_scale": timesteps.sigmoid_scale,
-            "discrete_flow_shift": timesteps.discrete_flow_shift,
-            "datasets": summary.metadata,
-            "sd_model_name": Path(options.dit.dit).name,
-            **({"vae_name": Path(options.vae.vae).name} if options.vae.vae else {}),
-        }
-        family = "wan2.2" if self.plan.config.boundary else "wan2.1"
-        bounds = (timesteps.min_timestep, timesteps.max_timestep)
-        model = model_metadata(options.metadata, options.saving.output_name, family, self.trained.architecture, bounds)
-        return {**self.trained.file_metadata(), **training_metadata(values), **model}
-
-
-@torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace each gradient by its mean over all processes; a branch that was dropped counts as a gradient of 0.
-
-    Small ones travel together, up to some hundred MiB, which take as much memory again while they do.
-    """
-    bundle: list[nn.Parameter] = []
-    for number, parameter in enumerate(parameters, 1):
-        bundle.append(parameter)
-        if number == len(parameters) or sum(p.numel() for p in bundle) > _BUNDLE:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bundle]
-            flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="mean")
-            for p, mean in zip(bundle, flat.split([grad.numel() for grad in grads]), strict=True):
-                p.grad = mean.view_as(p)
-            bundle = []
 
 
 def _advice(options: TrainOptions, trained: Trained) -> contextlib.AbstractContextManager:

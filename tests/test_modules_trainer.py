@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from dataset.loader import Batch, CachedItem
+from modules.gradients import average_gradients
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.precision import frozen_precision
 from modules.prediction import condition_latents, predict
 from modules.preflight import check_caches, choose_attention
 from modules.run_logs import LoggingOptions
 from modules.train_options import AttentionOptions, TrainOptions
-from modules.trainer import Trainer, average_gradients, make_trainer
+from modules.trainer import Trainer, make_trainer
 from tests.live_bytes import LiveBytes
 from tests.test_wan_auto_swap import Small
 from utils.errors import UserError
@@ -252,7 +253,7 @@ def test_gradients_travel_between_processes_in_bundles_of_bounded_size(monkeypat
             self.sizes.append(tensor.numel())
             return tensor
 
-    monkeypatch.setattr("modules.trainer._BUNDLE", 10)
+    monkeypatch.setattr("modules.gradients._BUNDLE", 10)
     parameters = [torch.nn.Parameter(torch.ones(size)) for size in (4, 4, 4, 30, 2)]
     for number, parameter in enumerate(parameters):
         parameter.grad = torch.full_like(parameter, number)

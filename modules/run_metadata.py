@@ -1,0 +1,54 @@
+"""What the files of a training run say of how they were made."""
+
+from pathlib import Path
+
+from modules.checkpoints import model_metadata, new_session, training_metadata
+from modules.preflight import Plan
+
+
+def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str]:
+    """Return the metadata of a run's files, but for what changes from file to file.
+
+    batches: of an epoch, on one process.
+    """
+    options, trained, summary = plan.options, plan.trained, plan.data.summary()
+    timesteps, optimizer = options.timesteps, options.optimizer
+    values = {
+        **new_session(),
+        "output_name": options.saving.output_name,
+        "learning_rate": optimizer.learning_rate,
+        "num_train_items": summary.items,
+        "num_batches_per_epoch": batches,
+        "num_epochs": plan.epochs,
+        "gradient_checkpointing": options.precision.gradient_checkpointing,
+        "gradient_checkpointing_cpu_offload": options.precision.gradient_checkpointing
+        and options.precision.gradient_checkpointing_cpu_offload,
+        "gradient_accumulation_steps": options.training.gradient_accumulation_steps,
+        "max_train_steps": plan.total_steps,
+        "lr_warmup_steps": optimizer.lr_warmup_steps,
+        "lr_scheduler": optimizer.lr_scheduler,
+        "base_model_version": "wan",
+        **trained.training_metadata(),
+        "mixed_precision": plan.mixed_precision,
+        "seed": plan.seed,
+        "training_comment": options.metadata.training_comment,
+        "optimizer": optimizer_name,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "fp8_base": options.precision.fp8_base,
+        "full_fp16": False,
+        "weighting_scheme": timesteps.weighting_scheme,
+        "logit_mean": timesteps.logit_mean,
+        "logit_std": timesteps.logit_std,
+        "mode_scale": timesteps.mode_scale,
+        "guidance_scale": 1.0,
+        "timestep_sampling": timesteps.timestep_sampling,
+        "sigmoid_scale": timesteps.sigmoid_scale,
+        "discrete_flow_shift": timesteps.discrete_flow_shift,
+        "datasets": summary.metadata,
+        "sd_model_name": Path(options.dit.dit).name,
+        **({"vae_name": Path(options.vae.vae).name} if options.vae.vae else {}),
+    }
+    family = "wan2.2" if plan.config.boundary else "wan2.1"
+    bounds = (timesteps.min_timestep, timesteps.max_timestep)
+    model = model_metadata(options.metadata, options.saving.output_name, family, trained.architecture, bounds)
+    return {**trained.file_metadata(), **training_metadata(values), **model}
