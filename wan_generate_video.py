@@ -12,6 +12,7 @@ from modules.generation_options import GenerationCompileOptions, LoraOptions, Mo
 from modules.generation_plan import check_generation, decode_files, plan_results
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
+from modules.repeating import stored_options, warn_of_changes
 from utils.errors import run_script
 from utils.options import parse_options
 from utils.processes import Processes, joined
@@ -44,6 +45,7 @@ def plan_run(processes: Processes) -> tuple | None:
         RunOptions,
         SwapOptions,
         GenerationCompileOptions,
+        below=stored_options,
     )
     device = processes.device(run.device)
     models = Models(TASKS[dit.task], device, dit, vae, t5, clip, lora, run, swap, compiling.resolved())
@@ -51,9 +53,11 @@ def plan_run(processes: Processes) -> tuple | None:
         decode_files(models, outputs)
         return None
     requests = read_requests(prompts, models.config)
+    if prompts.from_metadata:
+        warn_of_changes(prompts.from_metadata, models)
     check_outputs(outputs, len(requests))
     check_generation(requests, models, sampling, outputs, processes.count)
-    return requests, models, sampling, plan_results(requests, models, sampling, outputs), outputs.fps
+    return requests, models, sampling, plan_results(requests, models, sampling, outputs), outputs
 
 
 if __name__ == "__main__":

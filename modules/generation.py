@@ -21,10 +21,12 @@ from dataset.media import resize_to_bucket
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
 from modules.latent_encoding import as_pixels
-from modules.outputs import LATENT_CHANNELS, Result, frame_writer, save_latent
+from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.solvers import Step, Velocity, sample
 from modules.text_caching import load_text_encoder
+from modules.video_files import MP4, VideoFormat
+from modules.watching import PartialKeeper, Previewer, Watcher, latent_colours
 from utils.devices import compute_dtype, release_memory
 from utils.errors import UserError
 from utils.processes import Processes
@@ -146,9 +148,9 @@ def denoise(
     shift: float,
     scale: Scale,
     sampling: SamplingOptions,
-    on_step: Callable[[Step, Tensor], None] = lambda step, x: None,
+    on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
 ) -> Tensor:
-    """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes."""
+    """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes; on_step: see sample()."""
 
     def predicting(name: str) -> Velocity:
         def velocity(x: Tensor, step: Step) -> Tensor:
@@ -190,7 +192,7 @@ def generate(
     models: Models,
     sampling: SamplingOptions,
     results: Sequence[Result],
-    fps: int,
+    outputs: OutputOptions,
     processes: Processes | None = None,
 ) -> None:
     """Make the requests into files, one stage and one model after the other; results: where each goes.
@@ -211,12 +213,22 @@ def generate(
         if vae:
             vae.to("cpu")
         release_memory(models.device)
+    watchers: list[Watcher] = []
+    if processes.is_first:
+        if outputs.preview:
+            vae = vae or models.load_vae()
+            watchers.append(Previewer(outputs.preview, latent_colours(vae.to(models.device))))
+            vae.to("cpu")
+            release_memory(models.device)
+        if outputs.save_partial:
+            watchers.append(PartialKeeper())
     with auto_recommended(models.swap):
-        latents = denoise_all(requests, texts, conditions, models, sampling, results, processes)
+        latents = denoise_all(requests, texts, conditions, models, sampling, results, processes, watchers)
     release_memory(models.device)
     processes.leave()
     if processes.is_first and any(result.files.video or result.files.images for result in results):
-        decode_all(latents, results, vae.to(models.device) if vae else models.load_vae(), fps)
+        vae = vae.to(models.device) if vae else models.load_vae()
+        decode_all(latents, results, vae, outputs.fps, outputs.encoding())
 
 
 def encode_prompts(requests: Sequence[Request], models: Models, sampling: SamplingOptions) -> list[Texts]:
@@ -308,8 +320,15 @@ def denoise_all(
     sampling: SamplingOptions,
     results: Sequence[Result],
     processes: Processes | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> list[Tensor]:
     """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
+
+    def on_step(step: Step, x: Tensor, clean: Tensor) -> None:
+        for watcher in watchers:
+            watcher.step(step, clean[0])
+        progress.update()
+
     dit = models.load_dit([step_of(request, models.config, sampling) for request in requests])
     processes = processes or Processes()
     if processes.count > 1:
@@ -322,8 +341,13 @@ def denoise_all(
     with (
         tqdm(total=steps, desc="denoising", unit="step", disable=silent) as progress,
         contextlib.nullcontext() if silent else kept_on_failure(latents, results),
+        contextlib.ExitStack() as watching,
     ):
+        for watcher in watchers:
+            watching.enter_context(watcher)
         for request, text, condition, result in zip(requests, texts, conditions, results, strict=True):
+            for watcher in watchers:
+                watcher.begin(result)
             width, height = output_size(request)
             frames = output_frames(request, models.config)
             drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
@@ -336,7 +360,7 @@ def denoise_all(
                 request.flow_shift,
                 guidance_of(request, models.config),
                 sampling,
-                on_step=lambda step, x: progress.update(),
+                on_step,
             ).cpu()
             if not bool(torch.isfinite(latent).all()):
                 raise UserError(
@@ -370,7 +394,13 @@ def kept_on_failure(
         raise
 
 
-def decode_all(latents: Sequence[Tensor], results: Sequence[Result], vae: WanVAE, fps: int) -> None:
+def decode_all(
+    latents: Sequence[Tensor],
+    results: Sequence[Result],
+    vae: WanVAE,
+    fps: int,
+    video_format: VideoFormat = MP4,
+) -> None:
     """Decode latents [16 f h w] into the videos and pictures of their results, frame by frame."""
     decoded: list[Result] = []
     with (
@@ -378,18 +408,19 @@ def decode_all(latents: Sequence[Tensor], results: Sequence[Result], vae: WanVAE
         kept_on_failure(latents, results, decoded),
     ):
         for latent, result in zip(latents, results, strict=True):
-            with frame_writer(result.files, result.frames, fps, result.metadata) as write:
+            ten_bit = video_format.ten_bit and result.files.video is not None
+            with frame_writer(result.files, result.frames, fps, result.metadata, video_format) as write:
                 for pixels in vae.decode_chunks(latent[None]):
-                    for frame in as_frames(pixels[0]):
+                    for frame in as_frames(pixels[0], 16 if ten_bit else 8):
                         write(frame)
                         progress.update()
             decoded.append(result)
 
 
-def as_frames(pixels: Tensor) -> np.ndarray:
-    """Return pixels [3 F H W] in [-1, 1] as frames uint8 [F H W 3], rounded."""
-    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return rearrange(levels, "c f h w -> f h w c").cpu().numpy()
+def as_frames(pixels: Tensor, bits: int = 8) -> np.ndarray:
+    """Return pixels [3 F H W] in [-1, 1] as frames uint8 or, for 16 bits, uint16 [F H W 3], rounded."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * ((2**bits - 1) / 2)).round()
+    return rearrange(levels, "c f h w -> f h w c").cpu().numpy().astype({8: np.uint8, 16: np.uint16}[bits])
 
 
 def decoded_frame_count(latent: Tensor) -> int:

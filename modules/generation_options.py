@@ -128,6 +128,14 @@ class Models:
     swap: SwapOptions = SwapOptions()
     compiling: CompileOptions = CompileOptions()
 
+    def groups(self) -> tuple[object, ...]:
+        """Return the options of all of them, in groups."""
+        return self.dit, self.vae, self.t5, self.clip, self.lora, self.run, self.swap, self.compiling
+
+    def files(self) -> dict[str, Path | None]:
+        """Return the weight files by the options that name them."""
+        return {"dit": self.dit.dit, "vae": self.vae.vae, "t5": self.t5.t5, "clip": self.clip.clip}
+
     def load_dit(self, steps: Sequence[MemoryStep] = ()) -> WanModel:
         """Return the DiT; steps: what it is going to compute."""
         dtype = compute_dtype(dit_dtype(self.dit.dit), self.device)

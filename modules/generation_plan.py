@@ -27,7 +27,8 @@ from modules.solvers import sigma_schedule
 from networks.formats import delta_shapes
 from utils.errors import UserError
 from utils.files import require_file
-from utils.identity import file_hash
+from utils.identity import file_hash, weights_identity
+from utils.options import given_options
 from utils.safetensors_io import open_tensors
 from wan.attention import check_attention
 from wan.block_swap import check_swap
@@ -196,10 +197,10 @@ def describe_request(request: Request, models: Models, sampling: SamplingOptions
         "guidance_scale": request.guidance_scale,
         "flow_shift": request.flow_shift,
     }
-    if request.guidance_scale_high_noise != request.guidance_scale:
+    if models.config.boundary is not None:
         described["guidance_scale_high_noise"] = request.guidance_scale_high_noise
     pictures = {"image_path": request.image, "end_image_path": request.end_image, "control_path": request.control}
-    described.update({name: str(path) for name, path in pictures.items() if path is not None})
+    described.update({name: str(path.absolute()) for name, path in pictures.items() if path is not None})
     return described
 
 
@@ -224,6 +225,13 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
             for path, multiplier in models.lora.files()
         ],
         "software": f"wan-tuner {project_version()}",
+        # By which --from_metadata makes it again, and knows whether the weights are the same.
+        "options": {
+            name: value for group in (sampling, *models.groups()) for name, value in given_options(group).items()
+        },
+        "weights": {
+            name: weights_identity(path, f"--{name}") for name, path in models.files().items() if path is not None
+        },
     }
     return {name: value for name, value in described.items() if value not in (None, [])}
 
@@ -253,4 +261,4 @@ def decode_files(models: Models, outputs: OutputOptions) -> None:
         Result(replace(files, latent=path), frames, None if outputs.no_metadata else metadata)
         for files, path, frames, (_, metadata) in zip(planned, outputs.latent_path, kept, loaded, strict=True)
     ]
-    decode_all([latent for latent, _ in loaded], results, models.load_vae(), outputs.fps)
+    decode_all([latent for latent, _ in loaded], results, models.load_vae(), outputs.fps, outputs.encoding())

@@ -3,20 +3,19 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from modules.video_files import MP4, VIDEO_FORMATS, FrameWriter, VideoFormat, video_writer
 from utils.errors import UserError
 from utils.files import atomic_path, require_file, require_writable_folder
 from utils.options import option
@@ -35,7 +34,6 @@ OUTPUT_TYPES = {
 }
 MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors", ".webm", ".mkv", ".mov", ".avi", ".gif", ".webp", ".jpg", ".jpeg")
 MAX_FPS = 1000
-FrameWriter = Callable[[np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,34 @@ class OutputOptions:
     output_type: str = option(
         "video", "both: video and latent; latent_images: pictures and latent", choices=tuple(OUTPUT_TYPES)
     )
-    fps: int = option(16, "frames per second of the mp4 file; Wan's motion is made for 16")
+    fps: int = option(16, "frames per second of the video file; Wan's motion is made for 16")
+    video_format: str | None = option(
+        None,
+        "kind of video file; png is an animated PNG, lossless (default: what --save_path ends in, else mp4)",
+        choices=tuple(VIDEO_FORMATS),
+    )
+    crf: int | None = option(None, "quality of mp4 (0 to 51) and webm (0 to 63), 0 the best (default: 16, webm 20)")
+    ten_bit: bool = option(False, "10 bits a colour for smooth gradients: HEVC in mp4, AV1 in webm")
+    preview: int | None = option(
+        None, "write a small moving picture of what becomes of the noise, NAME_preview.gif, after every N steps"
+    )
+    save_partial: bool = option(
+        False, "when a run is stopped, save the latents of the video in work as far as they are: NAME_partial_latent"
+    )
     trim_tail_frames: int = option(0, "drop this many frames at the end")
     no_metadata: bool = option(False, "write no prompt, seed or settings into the files")
     latent_path: tuple[Path, ...] = option((), "decode these saved latents instead of making new ones")
+
+    def encoding(self) -> VideoFormat:
+        """Return the kind of video file; a name in .png alone may as well mean a picture."""
+        ending = self.save_path.suffix.lower()[1:] if self.save_path and names_a_file(self.save_path) else ""
+        named = ending if ending in VIDEO_FORMATS and ending != "png" else "mp4"
+        return VideoFormat(self.video_format or named, self.crf, self.ten_bit)
+
+    def suffix(self) -> str:
+        """Return how the name of the main file ends."""
+        parts, suffix = OUTPUT_TYPES[self.output_type]
+        return f".{self.encoding().name}" if "video" in parts else suffix
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,11 @@ class Files:
     video: Path | None = None
     images: Path | None = None  # of a single frame; several are <stem>_000.png, <stem>_001.png, ... beside this name
     latent: Path | None = None  # of a saved one that is decoded: where it is
+
+    def beside(self, ending: str) -> Path:
+        """Return the path of something that belongs to this result: its name with another ending."""
+        named = self.video or self.images or self.latent
+        return named.with_name(f"{named.stem.removesuffix('_latent')}{ending}")
 
 
 @dataclass(frozen=True)
@@ -81,14 +108,21 @@ def check_outputs(options: OutputOptions, results: int) -> None:
         raise UserError(f"--fps {options.fps}: must be from 1 to {MAX_FPS}", fix="Wan's motion is made for 16")
     if options.trim_tail_frames < 0:
         raise UserError(f"--trim_tail_frames {options.trim_tail_frames}: must be 0 or more", fix="leave it out")
+    if options.preview is not None and options.preview < 1:
+        raise UserError(f"--preview {options.preview}: must be at least 1", fix="it counts steps")
+    options.encoding().check()
+    if "video" not in OUTPUT_TYPES[options.output_type][0]:
+        for name in ("crf", "ten_bit"):
+            if getattr(options, name):
+                logger.warning("--%s: ignored by --output_type %s", name, options.output_type)
     if not names_a_file(path):
         require_writable_folder(path, "--save_path")
         return
-    expected = OUTPUT_TYPES[options.output_type][1]
+    expected = options.suffix()
     if path.suffix.lower() != expected:
         raise UserError(
             f"--save_path {path}: --output_type {options.output_type} writes {expected} files",
-            fix=f"use {path.with_suffix(expected).name}, a folder, or another --output_type",
+            fix=f"use {path.with_suffix(expected).name}, a folder, or another --output_type or --video_format",
         )
     if results > 1:
         raise UserError(f"--save_path {path}: names one file, but there are {results} results", fix="name a folder")
@@ -122,7 +156,7 @@ def plan_files(
         taken.add(stem)
         pictures = path if frames == 1 else path / stem
         latent = path / f"{stem}_latent.safetensors"
-        planned.append(_files(parts, path / f"{stem}.mp4", pictures / f"{stem}.png", latent))
+        planned.append(_files(parts, path / f"{stem}.{options.encoding().name}", pictures / f"{stem}.png", latent))
     return planned
 
 
@@ -139,30 +173,40 @@ def save_latent(path: Path, latent: Tensor, metadata: Mapping[str, Any] | None) 
     logger.info("wrote %s", path)
 
 
-def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
+def load_latent(path: Path, option: str = "--latent_path") -> tuple[Tensor, dict[str, Any]]:
     """Return the latent [16 f h w], float32, of a file that --output_type latent wrote, and its metadata."""
-    with open_tensors(require_file(path, "--latent_path", "a saved latent"), "--latent_path") as file:
+    with open_tensors(require_file(path, option, "a saved latent"), option) as file:
         if "latent" not in file:
-            raise UserError(f"--latent_path {path}: there is no tensor 'latent' in it", fix="give a saved latent")
+            raise UserError(f"{option} {path}: there is no tensor 'latent' in it", fix="give a saved latent")
         latent, metadata = file.get("latent").float(), dict(file.metadata)
     latent = latent[0] if latent.ndim == 5 and len(latent) == 1 else latent
     if latent.ndim != 4 or len(latent) != LATENT_CHANNELS or latent.numel() == 0:
-        raise UserError(f"--latent_path {path}: a tensor {list(latent.shape)} is no latent [16, frames, height, width]")
+        raise UserError(f"{option} {path}: a tensor {list(latent.shape)} is no latent [16, frames, height, width]")
     if not bool(torch.isfinite(latent).all()):
-        raise UserError(f"--latent_path {path}: the latent has values that are not finite", fix="make it again")
+        raise UserError(f"{option} {path}: the latent has values that are not finite", fix="make it again")
     return latent, {name: _from_text(name, value) for name, value in metadata.items()}
 
 
 @contextlib.contextmanager
-def frame_writer(files: Files, frames: int, fps: int, metadata: Mapping[str, Any] | None) -> Iterator[FrameWriter]:
-    """Yield a function that takes the frames uint8 [H W 3] one by one and writes the mp4 or the pictures.
+def frame_writer(
+    files: Files,
+    frames: int,
+    fps: int,
+    metadata: Mapping[str, Any] | None,
+    video_format: VideoFormat = MP4,
+) -> Iterator[FrameWriter]:
+    """Yield a function that takes the frames [H W 3] one by one and writes the video or the pictures.
+
+    They are uint8, or uint16 where the video has ten bits.
 
     frames: how many will be kept; those after them are dropped.
     """
     with contextlib.ExitStack() as stack:
         writers: list[FrameWriter] = []
         if files.video:
-            writers.append(stack.enter_context(_video_writer(files.video, fps, metadata)))
+            _warn_of_replacement(files.video)
+            text = _text(metadata) if metadata else None
+            writers.append(stack.enter_context(video_writer(files.video, fps, text, video_format)))
         if files.images:
             writers.append(_picture_writer(files.images, frames, metadata))
         written = 0
@@ -177,42 +221,6 @@ def frame_writer(files: Files, frames: int, fps: int, metadata: Mapping[str, Any
         yield write
     for path in filter(None, (files.video, files.images)):
         logger.info("wrote %s", path if frames == 1 or path == files.video else path.with_stem(f"{path.stem}_*"))
-
-
-@contextlib.contextmanager
-def _video_writer(path: Path, fps: int, metadata: Mapping[str, Any] | None) -> Iterator[FrameWriter]:
-    """Yield the writer of an H.264 mp4 file (4:2:0, BT.709), which has its name once it is whole."""
-    _warn_of_replacement(path)
-    with atomic_path(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
-        if metadata:
-            container.metadata["comment"] = _text(metadata)
-        stream = None
-
-        def write(frame: np.ndarray) -> None:
-            nonlocal stream
-            if stream is None:
-                stream = _add_stream(container, fps, *frame.shape[:2])
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture = picture.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            container.mux(stream.encode(picture))
-
-        yield write
-        if stream is not None:
-            container.mux(stream.encode())
-
-
-def _add_stream(container: av.container.OutputContainer, fps: int, height: int, width: int) -> av.VideoStream:
-    # Constant quality instead of a bit rate: small pictures stay small, and noise and fine detail stay visible.
-    stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "medium"})
-    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    bt709 = 1
-    stream.codec_context.colorspace = bt709
-    stream.codec_context.color_primaries = bt709
-    stream.codec_context.color_trc = bt709
-    stream.codec_context.color_range = ColorRange.MPEG
-    return stream
 
 
 def _picture_writer(path: Path, frames: int, metadata: Mapping[str, Any] | None) -> FrameWriter:

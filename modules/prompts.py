@@ -48,6 +48,9 @@ class PromptOptions:
     image_path: Path | None = option(None, "start image of the i2v and flf2v tasks")
     end_image_path: Path | None = option(None, "end image; needed by flf2v, possible with i2v")
     control_path: Path | None = option(None, "control video, or folder of pictures, of the -FC tasks")
+    from_metadata: Path | None = option(
+        None, "make this video, picture or latent again, by what it says of itself; typed options win"
+    )
 
 
 @dataclass(frozen=True)

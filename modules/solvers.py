@@ -162,15 +162,18 @@ def sample(
     x: Tensor,
     steps: int,
     shift: float,
-    on_step: Callable[[Step, Tensor], None] = lambda step, x: None,
+    on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
 ) -> Tensor:
     """Return the clean latents at the end of the flow from the noise `x`, in float32.
 
-    velocity(x, step) is asked once a step, in order; on_step(step, x) hears of each new x.
+    velocity(x, step) is asked once a step, in order; on_step(step, x, clean) hears of each new x, and of the
+    clean latents that the step's velocity leads to.
     """
     stepper = Stepper(solver, steps, shift)
     for _ in range(steps):
         step = stepper.next()
-        x = stepper.step(velocity(x, step), x)
-        on_step(step, x)
+        answer = velocity(x, step)
+        clean = x - step.sigma * answer
+        x = stepper.step(answer, x)
+        on_step(step, x, clean)
     return x

@@ -80,7 +80,7 @@ def parsed(command: str) -> str | None:
     class Parsed(Exception):
         pass
 
-    def stop_after_parsing(doc, *groups):
+    def stop_after_parsing(doc, *groups, **_):
         parse_options(doc, *groups, argv=arguments)
         raise Parsed
 

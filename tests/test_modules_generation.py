@@ -228,7 +228,7 @@ def test_only_one_large_model_is_in_memory_at_a_time(models, monkeypatch, tmp_pa
         watched(generation_options, name)
     asked = request(32, 32, image=picture_of(tmp_path, 32, 32))
     result = Result(Files(images=tmp_path / "out.png"), 5)
-    generate([asked], tiny(models, "i2v-14B", "dit_i2v", models["clip"]), SamplingOptions(), [result], 16)
+    generate([asked], tiny(models, "i2v-14B", "dit_i2v", models["clip"]), SamplingOptions(), [result], OutputOptions())
     # The VAE, which is small, waits in main memory while the DiT runs, and is not loaded again.
     wanted = {"load_text_encoder": [], "load_clip": [], "load_vae": [], "load_dit": ["load_vae"]}
     assert [name for name, _ in seen] == list(wanted) and dict(seen) == wanted
@@ -258,7 +258,7 @@ def test_values_that_are_not_finite_are_an_error_with_the_seed(models, monkeypat
     monkeypatch.setattr(generation, "denoise", lambda *arguments, **more: torch.full((16, 2, 4, 4), torch.nan))
     result = Result(Files(latent=tmp_path / "a.safetensors"), 5)
     with pytest.raises(UserError, match="--seed 7: the latents are not finite"):
-        generate([request(32, 32)], tiny(models), SamplingOptions(), [result], 16)
+        generate([request(32, 32)], tiny(models), SamplingOptions(), [result], OutputOptions())
     assert not list(tmp_path.iterdir())
 
 
@@ -277,7 +277,7 @@ def test_latents_that_are_not_decoded_are_kept_when_a_stage_fails(models, monkey
     monkeypatch.setattr(owner, name, failing)
     results = [Result(Files(images=tmp_path / f"{i}.png"), 1, {"seeds": i}) for i in range(2)]
     with pytest.raises(KeyboardInterrupt):
-        generate([request(32, 32, 1)] * 2, tiny(models), SamplingOptions(), results, 16)
+        generate([request(32, 32, 1)] * 2, tiny(models), SamplingOptions(), results, OutputOptions())
     wanted = [f"{i}_latent.safetensors" for i in kept] + [f"{i}.png" for i in made]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(wanted)
     latent, metadata = load_latent(tmp_path / f"{kept}_latent.safetensors")

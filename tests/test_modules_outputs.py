@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import av
 import numpy as np
@@ -207,7 +208,10 @@ def test_a_folder_may_be_called_like_a_file(tmp_path):
     [
         ({"save_path": None}, 1, "--save_path is missing. Give a folder, or the name of the file to write."),
         ({"save_path": "x.png"}, 1, "--output_type video writes .mp4 files. Use x.mp4, a folder, or another"),
-        ({"save_path": "x.webm"}, 1, "--output_type video writes .mp4 files"),
+        ({"save_path": "x.avi"}, 1, "--output_type video writes .mp4 files"),
+        ({"save_path": "x.mp4", "video_format": "gif"}, 1, "--output_type video writes .gif files"),
+        ({"save_path": "x.gif", "crf": 20}, 1, "--crf 20: gif files have no quality to choose"),
+        ({"save_path": "out", "preview": 0}, 1, "--preview 0: must be at least 1"),
         ({"save_path": "x.mp4"}, 2, "names one file, but there are 2 results. Name a folder."),
         ({"save_path": "blocked/deep/folder"}, 1, "blocked is a file, not a folder"),
         ({"save_path": "out", "fps": 0}, 1, "--fps 0: must be from 1 to 1000"),
@@ -228,3 +232,24 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises((TypeError, ValueError)):
         save_picture(tmp_path / "x.png", np.zeros((2, 2, 7), np.uint8))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "mp4"),
+        ({"save_path": Path("x.webm")}, "webm"),
+        ({"save_path": Path("x.GIF")}, "gif"),
+        ({"save_path": Path("folder"), "video_format": "webm"}, "webm"),
+        ({"save_path": Path("x.png"), "video_format": "png"}, "png"),
+        ({"save_path": Path("x.png")}, "mp4"),
+    ],
+)
+def test_the_kind_of_video_is_asked_for_or_told_by_its_name(options, name):
+    assert OutputOptions(**options).encoding().name == name
+
+
+def test_files_in_a_folder_end_as_their_kind_does(tmp_path):
+    options = OutputOptions(save_path=tmp_path, video_format="gif", output_type="both")
+    (files,) = plan_files(options, [(7, 5)])
+    assert files.video.name.endswith("_7.gif") and files.latent.name.endswith("_7_latent.safetensors")

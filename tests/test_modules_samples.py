@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from modules.generation import generate
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.lora_training import NetworkOptions, TrainedLora
-from modules.outputs import Files, Result
+from modules.outputs import Files, OutputOptions, Result
 from modules.run_logs import LoggingOptions
 from modules.samples import SampleOptions, SamplePlan, Sampler, read_samples
 from modules.train_options import TrainOptions
@@ -66,7 +66,7 @@ def test_a_sample_of_an_untrained_lora_is_what_generation_gives(trainer, tmp_pat
     (path,) = run.sampler.make(run.dit, run.module, 0, 0)
     plan = run.plan.samples
     result = Result(Files(images=tmp_path / "generated.png"), 1)
-    generate([plan.samples[0].request], plan.models, SamplingOptions(), [result], 16)
+    generate([plan.samples[0].request], plan.models, SamplingOptions(), [result], OutputOptions())
     assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(tmp_path / "generated.png")))
     assert Image.open(path).size == (32, 32), "sizes are rounded down to multiples of 16"
 

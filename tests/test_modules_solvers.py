@@ -67,7 +67,7 @@ def test_euler_is_told_fractions_of_timesteps():
 @pytest.mark.parametrize(("solver", "shift"), TOY)
 def test_every_step_of_the_toy_problem_has_its_known_value(solver, shift):
     seen = []
-    sample(solver, toy_velocity, torch.ones(1), 5, shift, on_step=lambda step, x: seen.append(float(x)))
+    sample(solver, toy_velocity, torch.ones(1), 5, shift, on_step=lambda step, x, clean: seen.append(float(x)))
     assert seen == pytest.approx(TOY[solver, shift], abs=2e-6)
 
 
@@ -143,7 +143,7 @@ def test_repeated_timesteps_do_not_repeat_steps(solver, steps, shift):
     if solver != "vanilla":
         assert len(set(timesteps.tolist())) < steps, "the case should have repeated timesteps"
     indices = []
-    x = sample(solver, toy_velocity, torch.ones(1), steps, shift, lambda step, x: indices.append(step.index))
+    x = sample(solver, toy_velocity, torch.ones(1), steps, shift, lambda step, x, clean: indices.append(step.index))
     assert indices == list(range(steps))
     # The exact flow carries x = 1 at sigma 1, one deviation above the noise's mean, to 2 + 0.5.
     assert float(x) == pytest.approx(2.5, abs=0.1)

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,16 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{lowered[near[0]]}'?" if near else ""
 
 
-def parse_options(doc: str | None, *groups: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_options(
+    doc: str | None,
+    *groups: type,
+    argv: Sequence[str] | None = None,
+    below: Callable[[Mapping[str, Any]], tuple[str, Mapping[str, Any]]] | None = None,
+) -> tuple[Any, ...]:
     """Return one frozen instance of each group, from the command line and, below it, from --config_file.
 
-    doc: the script's docstring, shown by --help. Raises UserError for anything that is not a valid option or value.
+    doc: the script's docstring, shown by --help. below: given these, returns where more values come from, and values by
+    name that count where nothing else is given. Raises UserError for anything that is not a valid option or value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(doc, *groups)
@@ -66,6 +72,9 @@ def parse_options(doc: str | None, *groups: type, argv: Sequence[str] | None = N
     given = vars(parser.parse_args(argv))
     if given.get("config_file"):
         given = {**_read_config_file(Path(given["config_file"]), groups), **given}
+    if below:
+        where, values = below(given)
+        given = {**_checked_options(where, values, groups), **given}
     fields = {field.name: field for group in groups for field in dataclasses.fields(group)}
     missing = [f"--{name}" for name, field in fields.items() if field.metadata["required"] and name not in given]
     if missing:
@@ -209,13 +218,32 @@ def _read_config_file(path: Path, groups: Sequence[type]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in content.items():
         flat.update(value if isinstance(value, dict) else {name: value})
+    return _checked_options(f"--config_file {path}", flat, groups)
+
+
+def _checked_options(where: str, values: Mapping[str, Any], groups: Sequence[type]) -> dict[str, Any]:
     known = {field.name: (group, field) for group in groups for field in dataclasses.fields(group)}
     checked = {}
-    for name, value in flat.items():
+    for name, value in values.items():
         if name not in known:
-            raise UserError(f"--config_file {path}: unknown option '{name}'", suggest(name, known))
-        checked[name] = _checked(f"--config_file {path}: {name}", value, *known[name])
+            raise UserError(f"{where}: unknown option '{name}'", suggest(name, known))
+        checked[name] = _checked(f"{where}: {name}", value, *known[name])
     return checked
+
+
+def given_options(group: Any) -> dict[str, Any]:
+    """Return the options of a group that are not at their defaults, as JSON and TOML can hold them.
+
+    Paths become absolute, to mean the same from everywhere.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value.absolute()) if isinstance(value, Path) else value
+
+    fields = ((field, getattr(group, field.name)) for field in dataclasses.fields(group))
+    return {field.name: plain(value) for field, value in fields if value != field.default}
 
 
 def _checked(where: str, value: Any, group: type, field: dataclasses.Field) -> Any:
