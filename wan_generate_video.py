@@ -7,6 +7,7 @@ For image to video add --task i2v-14B --clip PATH --image_path PATH. docs/wan.md
 On several GPUs: torchrun --nproc_per_node 2 wan_generate_video.py ...
 """
 
+from modules.downloads import DownloadOptions, download_published
 from modules.generation import generate
 from modules.generation_options import GenerationCompileOptions, LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import check_generation, decode_files, plan_results
@@ -31,8 +32,8 @@ def main() -> None:
 
 
 def plan_run(processes: Processes) -> tuple | None:
-    """Return what generate() needs to know, checked; None where saved latents were to be decoded, and are."""
-    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap, compiling = parse_options(
+    """Return what generate() needs to know, checked; None where saved latents were decoded, or weights downloaded."""
+    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap, compiling, downloads = parse_options(
         __doc__,
         PromptOptions,
         OutputOptions,
@@ -45,8 +46,12 @@ def plan_run(processes: Processes) -> tuple | None:
         RunOptions,
         SwapOptions,
         GenerationCompileOptions,
+        DownloadOptions,
         below=stored_options,
     )
+    if downloads.download:
+        download_published(TASKS[dit.task], downloads.download)
+        return None
     device = processes.device(run.device)
     models = Models(TASKS[dit.task], device, dit, vae, t5, clip, lora, run, swap, compiling.resolved())
     if outputs.latent_path:

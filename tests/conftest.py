@@ -70,10 +70,10 @@ def dataset(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_cli() -> Callable[..., subprocess.CompletedProcess]:
-    """Run a script of the root, or "-m" and a module, with arguments; return its result with text output."""
+    """Run a script of the root, "-m" and a module, or "-c" and a program, with arguments; return the result as text."""
 
     def run(script: str, *arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, script if script == "-m" else str(ROOT / script), *map(str, arguments)]
+        command = [sys.executable, script if script in ("-m", "-c") else str(ROOT / script), *map(str, arguments)]
         return subprocess.run(
             command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **environment}
         )

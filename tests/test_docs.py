@@ -90,6 +90,11 @@ def parsed(command: str) -> str | None:
     return script
 
 
+@pytest.fixture(autouse=True)
+def no_downloads(monkeypatch):
+    monkeypatch.setattr("utils.hub_files.download", lambda repo, name, *_: ROOT / name)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_command_of_the_page_parses(page):
     for command in commands(page):

@@ -27,15 +27,18 @@ def option(
     metavar: str | tuple[str, ...] | None = None,
     parse: Callable[[str], Any] | None = None,
     required: bool = False,
+    remote: bool = False,
 ) -> Any:
     """Return a dataclass field that is a command line option of the same name.
 
     The annotation gives the type: bool is a flag; int, float, str, Path and `X | None` take one value; `tuple[X, ...]`
     takes any number and `tuple[X, X]` exactly two. `parse` turns one word into the value and raises ValueError.
+    remote: a path that may be a file on the Hugging Face hub; it is the local one once options are parsed.
     """
     details = {"help": help, "choices": tuple(choices) if choices is not None else None, "nargs": nargs}
     return dataclasses.field(
-        default=default, metadata={**details, "metavar": metavar, "parse": parse, "required": required}
+        default=default,
+        metadata={**details, "metavar": metavar, "parse": parse, "required": required, "remote": remote},
     )
 
 
@@ -79,6 +82,11 @@ def parse_options(
     missing = [f"--{name}" for name, field in fields.items() if field.metadata["required"] and name not in given]
     if missing:
         raise UserError(f"{', '.join(missing)}: required, but not given", fix="--help lists the options")
+    for name, field in fields.items():
+        if field.metadata["remote"] and isinstance(given.get(name), Path):
+            from utils.hub_files import local_path  # by whoever names such a file alone
+
+            given[name] = local_path(given[name], f"--{name}")
     return tuple(
         group(**{field.name: given[field.name] for field in dataclasses.fields(group) if field.name in given})
         for group in groups

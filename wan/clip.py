@@ -56,7 +56,9 @@ class ClipOptions:
     """the image encoder"""
 
     clip: Path | None = option(
-        None, f"weights of the CLIP image encoder, for image to video: {FILE} or a .safetensors file"
+        None,
+        f"weights of the CLIP image encoder, for image to video: {FILE} or a .safetensors file; hf:// too",
+        remote=True,
     )
 
 

@@ -48,7 +48,9 @@ class DitOptions:
     """the DiT"""
 
     task: str = option("t2v-14B", "which model the weights are, and its defaults", choices=TASKS)
-    dit: Path | None = option(None, "the DiT's weights (.safetensors; of several parts, any one)")
+    dit: Path | None = option(
+        None, "the DiT's weights (.safetensors; of several parts, any one), or hf://owner/repo/file", remote=True
+    )
     residual_dtype: str = option(
         "float32",
         "number format of what flows from block to block: bf16 takes half the memory there, and has twice the rounding "

@@ -61,7 +61,9 @@ class T5Options:
     """the text encoder"""
 
     t5: Path | None = option(
-        None, "weights of the text encoder: models_t5_umt5-xxl-enc-bf16.pth or a .safetensors file"
+        None,
+        "weights of the text encoder: models_t5_umt5-xxl-enc-bf16.pth or a .safetensors file; hf:// too",
+        remote=True,
     )
     t5_tokenizer: Path | None = option(
         None,

@@ -72,7 +72,9 @@ def _tile(text: str) -> int:
 class VaeOptions:
     """the VAE"""
 
-    vae: Path | None = option(None, "weights of the Wan2.1 VAE: Wan2.1_VAE.pth or wan_2.1_vae.safetensors")
+    vae: Path | None = option(
+        None, "weights of the Wan2.1 VAE: Wan2.1_VAE.pth or wan_2.1_vae.safetensors; hf:// too", remote=True
+    )
     vae_dtype: str | None = option(
         None, "number format that the VAE computes in: bf16, fp16 or fp32 (default: bf16)", parse=_vae_dtype
     )
