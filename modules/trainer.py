@@ -392,7 +392,7 @@ class Trainer:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
             with self.averaged():
-                self.sampler.make(self.dit, self.module, self.step, epoch)
+                self.sampler.attempt(self.dit, self.module, self.step, epoch)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
