@@ -21,7 +21,7 @@ from modules.checkpoints import Checkpoints
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.gradients import average_gradients
 from modules.optimizers import make_optimizer, make_schedule
-from modules.prediction import predict
+from modules.prediction import as_told, predict
 from modules.preflight import Plan, check
 from modules.run_logs import LoggingOptions, log_folder
 from modules.run_metadata import run_metadata
@@ -103,6 +103,8 @@ class Trainer:
             offloading(accelerator.device) if offloads else None,
             precision.gradient_checkpointing_keep_attention,
         )
+        self.told = as_told(options.dit.compat_musubi, options.timesteps.timestep_sampling)
+        dit.second_picture_as_text = options.dit.compat_musubi
         self.trained = plan.trained
         self.module = self.trained.attach(dit, accelerator.device)
         self.parameters = list(self.module.parameters())
@@ -233,7 +235,7 @@ class Trainer:
         t = sample_timesteps(options, len(batch), height, width, self.generator, batch.timesteps).to(device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
-        prediction = predict(self.dit, self.plan.config, batch, x_t, t)
+        prediction = predict(self.dit, self.plan.config, batch, x_t, t, self.told)
         return flow_loss(prediction, velocity, loss_weights(options.weighting_scheme, t))
 
     def optimizer_step(self) -> dict[str, float]:
