@@ -9,7 +9,7 @@ import torch
 from dataset.cache import read_header
 from dataset.config import load_config
 from dataset.loader import CachedDataset, CachedItem
-from modules.cache_checks import check_fresh
+from modules.cache_checks import check_fresh, check_one_frame
 from modules.checkpoints import check_saving
 from modules.flow_matching import check_timesteps
 from modules.generation import step_of
@@ -92,6 +92,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     for items in data.items:
         check_caches(items, config, shape)
     check_fresh(data, options.training.allow_stale)
+    check_one_frame(data, options.samples.one_frame)
     batches = math.ceil(len(data) / processes)
     total_steps, epochs = run_length(options.training, batches)
     begun = 0

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from modules.cache_checks import is_one_frame
 from modules.checkpoints import OWN_KEY, model_metadata, new_session, training_metadata
 from modules.generation_plan import project_version
 from modules.preflight import Plan
@@ -59,7 +60,7 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "dit": weights_identity(options.dit.dit, "--dit"),
         "fp8_scaled": options.precision.fp8_scaled,
         "quantize": options.precision.quantize,
-        "one_frame": any("f_indices" in item.names for items in plan.data.items for item in items),
+        "one_frame": is_one_frame(plan.data),
         "compat_musubi": options.dit.compat_musubi,
         "software": f"wan-tuner {project_version()}",
     }

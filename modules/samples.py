@@ -55,7 +55,9 @@ class SampleOptions:
     sample_every_n_epochs: int | None = option(None, "make samples after every N epochs")
     sample_at_first: bool = option(False, "make samples before training as well")
     sample_fps: int = option(16, "frames per second of sample videos; Wan's motion is made for 16")
-    one_frame: bool = option(False, "every prompt is for one-frame inference: its --of must say where in time")
+    one_frame: bool = option(
+        False, "train on one-frame caches; each prompt must say by --of where in time its frame is (docs/wan_1f.md)"
+    )
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,7 @@ def plan_samples(
         logger.warning("--sample_prompts: no samples are made without --sample_every_n_epochs or _steps")
         return None
     if not 1 <= options.sample_fps <= MAX_FPS:
-        raise UserError(
-            f"--sample_fps {options.sample_fps}: must be from 1 to {MAX_FPS}", "Wan's motion is made for 16"
-        )
+        raise UserError(f"--sample_fps {options.sample_fps}: must be from 1 to {MAX_FPS}", "Wan's videos have 16")
     config = TASKS[dit.task]
     samples = tuple(read_samples(options.sample_prompts, config, options.one_frame))
     models = Models(config, device, dit, *encoders, LoraOptions(), run)

@@ -155,6 +155,8 @@ def test_what_is_wrong_in_a_prompt_file_is_named(tmp_path, name, text, line):
     [
         ("--sample_every_n_steps 5", "--sample_prompts is missing. Give a file of prompts"),
         ("--sample_prompts PROMPTS --sample_every_n_steps 0", "--sample_every_n_steps 0: must be at least 1."),
+        ("--sample_prompts PROMPTS --sample_at_first --sample_fps 0", "--sample_fps 0: must be from 1 to 1000."),
+        ("--one_frame", "--one_frame: the caches are not of one-frame training. Run wan_cache_latents.py --one_frame."),
         ("--sample_prompts nowhere.txt --sample_at_first", "--sample_prompts nowhere.txt: no such file."),
     ],
 )
