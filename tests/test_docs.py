@@ -130,3 +130,8 @@ def test_every_script_has_a_command_in_the_docs():
 def test_every_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_rough_edge_of_musubi_tuner_has_a_row():
+    page = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    assert sorted(map(int, re.findall(r"^\| R(\d+) \| [^|]+ \| [^|]+ \|$", page, re.M))) == list(range(1, 71))
