@@ -5,7 +5,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -113,32 +113,41 @@ class Checkpoints:
     hashed: bool = True  # with hashes of the tensors, for which all of them are copied in memory
     written: set[str] = field(default_factory=set)  # names; only what this run wrote is ever deleted
 
-    def save_step(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
-        """Save after an optimizer step; epoch: how many are complete."""
-        every, last = self.options.save_every_n_steps, self.options.save_last_n_steps
-        self._save(tensors, f"-step{step:08d}", step, epoch)
-        if every and last is not None:
-            outdated = (step - last - 1) // every * every
-            self._delete(f"-step{outdated:08d}")
+    def save(self, tensors: Mapping[str, Tensor], series: str, number: int, step: int, epoch: int) -> Path:
+        """Save after a step or an epoch, or at the end, and delete what is outdated then; return the file.
 
-    def save_epoch(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
-        """Save after an epoch; epoch: its number, from 1."""
-        every, last = self.options.save_every_n_epochs, self.options.save_last_n_epochs
-        self._save(tensors, f"-{epoch:06d}", step, epoch)
-        if last is not None:
-            self._delete(f"-{epoch - every * last:06d}")
+        series, number: which file this is, as for path(). step, epoch: how many are complete.
+        """
+        path = self._save(tensors, self.path(series, number), step, epoch)
+        if (outdated := self.outdated(series, number)) is not None:
+            self.delete(outdated)
+        return path
 
-    def save_final(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> Path:
-        """Save at the end and return the file."""
-        return self._save(tensors, "", step, epoch)
+    def path(self, series: str, number: int = 0) -> Path:
+        """Return the file of a step, of an epoch (from 1) or of the end; series: "step", "epoch" or "end"."""
+        return self.options.output_dir / f"{self.options.output_name}{ending(series, number)}.safetensors"
 
-    def _path(self, ending: str) -> Path:
-        return self.options.output_dir / f"{self.options.output_name}{ending}.safetensors"
+    def outdated(self, series: str, number: int) -> Path | None:
+        """Return the file of this run that --save_last_n_* gives up for that of a step or an epoch, if any."""
+        options = self.options
+        every, last = {
+            "step": (options.save_every_n_steps, options.save_last_n_steps),
+            "epoch": (options.save_every_n_epochs, options.save_last_n_epochs),
+        }.get(series, (None, None))
+        return own(self.path(series, given_up(series, number, every, last)), self.written) if every and last else None
 
-    def _save(self, tensors: Mapping[str, Tensor], ending: str, step: int, epoch: int) -> Path:
-        precision = self.options.save_precision
-        path, dtype = self._path(ending), parse_dtype(precision) if precision else self.dtype
-        stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+    def delete(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self.written.discard(path.name)
+        logger.info("deleted %s", path)
+
+    @property
+    def file_dtype(self) -> torch.dtype:
+        """The dtype of the tensors in files."""
+        return parse_dtype(self.options.save_precision) if self.options.save_precision else self.dtype
+
+    def _save(self, tensors: Mapping[str, Tensor], path: Path, step: int, epoch: int) -> Path:
+        stored = {name: tensor.detach().to("cpu", self.file_dtype) for name, tensor in tensors.items()}
         now = time.time()
         metadata = {**self.metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(now)}
         metadata["modelspec.date"] = datetime.fromtimestamp(now).isoformat(timespec="seconds")
@@ -150,12 +159,20 @@ class Checkpoints:
         logger.info("saved %s", path)
         return path
 
-    def _delete(self, ending: str) -> None:
-        path = self._path(ending)
-        if path.name in self.written:
-            path.unlink(missing_ok=True)
-            self.written.remove(path.name)
-            logger.info("deleted %s", path)
+
+def ending(series: str, number: int) -> str:
+    """Return how the names of a run's files and states go on after --output_name; series: "step", "epoch" or "end"."""
+    return {"step": f"-step{number:08d}", "epoch": f"-{number:06d}", "end": ""}[series]
+
+
+def given_up(series: str, number: int, every: int, last: int) -> int:
+    """Return the step, or epoch, whose file goes once that of `number` is saved; last: --save_last_n_*."""
+    return (number - last - 1) // every * every if series == "step" else number - every * last
+
+
+def own(path: Path, written: Collection[str]) -> Path | None:
+    """Return a path if this run has written it: nothing else is ever deleted."""
+    return path if path.name in written else None
 
 
 def model_metadata(

@@ -1,7 +1,5 @@
 """The report on a dataset for eyes and programs: tables for a terminal, JSON, and a page that needs nothing else."""
 
-import base64
-import html
 import json
 import logging
 import sys
@@ -18,6 +16,7 @@ from modules.dataset_report import (
     ReportOptions,
     in_bytes,
 )
+from modules.pages import data_uri, escaped, html_table, page, printable
 from utils.errors import UserError
 from utils.files import atomic_path, require_writable_folder
 
@@ -75,11 +74,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _columns(text: str) -> int:
     """Return how many columns of a terminal a text takes; kanji take two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def printable(text: str) -> str:
-    """Return a text without what moves a terminal's cursor or cannot be encoded, which file names may hold."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # -------------------------------------------------------------------------------------------------------- as JSON
@@ -148,26 +142,26 @@ def as_html(report: Report) -> str:
     lost = [file for each in report.datasets for file in each.files if file.dropped]
     left_out = ""
     if lost:
-        rows = [[_text(file.path), _text(file.dropped), _text(file.detail)] for file in lost]
-        left_out = f"<h2>Left out</h2>{_html_table(['file', 'why', ''], rows)}"
+        rows = [[escaped(file.path), escaped(file.dropped), escaped(file.detail)] for file in lost]
+        left_out = f"<h2>Left out</h2>{html_table(['file', 'why', ''], rows)}"
     body = "".join(map(_dataset_html, report.datasets))
-    totals = "".join(f"<li>{_text(line)}</li>" for line in report.totals())
-    return _PAGE.replace("{body}", f"<h1>What the model will see</h1><ul>{totals}</ul>{left_out}{body}")
+    totals = "".join(f"<li>{escaped(line)}</li>" for line in report.totals())
+    return page("Dataset report", f"<h1>What the model will see</h1><ul>{totals}</ul>{left_out}{body}", _STYLE)
 
 
 def _dataset_html(each: DatasetReport) -> str:
     buckets = [[f"{w} x {h}", str(n), str(count)] for (w, h, n), count in sorted(each.buckets().items())]
-    table = _html_table(["bucket", "frames", "examples"], buckets) if buckets else ""
+    table = html_table(["bucket", "frames", "examples"], buckets) if buckets else ""
     files = "".join(_file_html(file) for file in each.files if file.clips)
-    return f"<h2>{_text(each.heading())}</h2>{table}<div class=files>{files}</div>"
+    return f"<h2>{escaped(each.heading())}</h2>{table}<div class=files>{files}</div>"
 
 
 def _file_html(file: FileReport) -> str:
-    notes = "".join(f"<p class=note>{_text(note)}</p>" for note in file.notes)
+    notes = "".join(f"<p class=note>{escaped(note)}</p>" for note in file.notes)
     clips = "".join(map(_clip_html, file.clips))
-    caption = f"<p class=caption>{_text(file.caption or '')}</p>"
-    result = f"{_text(file.line())}, bucket {_text(file.bucket)}"
-    words = f"<h3>{_text(file.path.name)}</h3><p>{result}</p>{notes}"
+    caption = f"<p class=caption>{escaped(file.caption or '')}</p>"
+    result = f"{escaped(file.line())}, bucket {escaped(file.bucket)}"
+    words = f"<h3>{escaped(file.path.name)}</h3><p>{result}</p>{notes}"
     return f"<article>{words}<div class=clips>{clips}</div>{caption}</article>"
 
 
@@ -178,39 +172,14 @@ def _clip_html(clip: ClipReport) -> str:
         pictures["last frame"] = clip.last
     pictures |= {f"control {number}": control for number, control in enumerate(clip.controls, 1)}
     shown = "".join(
-        f'<img alt="{name}" title="{name}" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}">'
+        f'<img alt="{name}" title="{name}" src="{data_uri(picture, "image/jpeg")}">'
         for name, picture in pictures.items()
     )
     where = f"frames {item.first_frame} to {item.first_frame + item.frames - 1}, " if item.source.is_video else ""
     return f"<figure>{shown}<figcaption>{where}{in_bytes(clip.size)}</figcaption></figure>"
 
 
-def _html_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{cell}</th>" for cell in heading)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{lines}</table>"
-
-
-def _text(value: object) -> str:
-    """Return a text as HTML. What is not UTF-8 in a file's name shows as it does in a terminal."""
-    return html.escape("".join(c if c.isprintable() or c == "\n" else printable(c) for c in str(value)))
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Dataset report</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --faint: #888; --note: #b06a00; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; overflow-wrap: anywhere; }
-h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
-table { border-collapse: collapse; margin: .8rem 0; }
-th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); }
-td { overflow-wrap: anywhere; }
+_STYLE = """
 .files { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 1rem; align-items: start; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
 article p { margin: .3rem 0; } .note { color: var(--note); }
@@ -218,8 +187,4 @@ article p { margin: .3rem 0; } .note { color: var(--note); }
 .clips { display: flex; flex-wrap: wrap; gap: .8rem; margin: .6rem 0; }
 figure { margin: 0; } img { display: inline-block; margin-right: 4px; border-radius: 3px; vertical-align: top; }
 figcaption { color: var(--faint); font-size: .85rem; }
-</style>
-</head>
-<body>{body}</body>
-</html>
 """

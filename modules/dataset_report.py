@@ -1,6 +1,5 @@
 """What caching would make of a dataset, file by file, without a model: clips, buckets, what is left out and why."""
 
-import io
 import logging
 import math
 import os
@@ -12,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dataset.cache import latent_path
@@ -32,6 +28,7 @@ from dataset.media import (
     resample,
 )
 from modules.latent_caching import require_last_frames, require_one_frame_keys
+from modules.pages import thumbnail
 from utils.options import option
 
 logger = logging.getLogger(__name__)
@@ -310,18 +307,9 @@ def _clip_report(
 ) -> ClipReport:
     item = clip.item
     pictures = [clip.pixels[0], clip.pixels[-1], *(control[0] for control in clip.controls)] if thumbnails else []
-    first, last, *controls = map(_thumbnail, pictures) if thumbnails else (b"", b"")
+    first, last, *controls = (thumbnail(picture, THUMBNAIL) for picture in pictures) if thumbnails else (b"", b"")
     size = _latent_bytes(item, len(clip.controls), names, dtype, shown)
     return ClipReport(item, latent_path(config, item), size, first, last, tuple(controls))
-
-
-def _thumbnail(frame: np.ndarray) -> bytes:
-    height, width = frame.shape[:2]
-    scale = min(1, THUMBNAIL / max(width, height))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    encoded = io.BytesIO()
-    Image.fromarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA)).save(encoded, "JPEG", quality=80)
-    return encoded.getvalue()
 
 
 def _latent_bytes(item: DatasetItem, controls: int, names: Sequence[str], dtype: torch.dtype, shown: int) -> int:

@@ -49,6 +49,8 @@ class Plan:
     samples: SamplePlan | None
     state: State | None = None  # that the run goes on from
     begun: int = 0  # batches of the next epoch that each process leaves out
+    batches: int = 0  # of an epoch, on each process
+    shape: WanShape | None = None  # of the DiT
 
     def steps(self) -> list[Step]:
         """Return what the steps of training compute, one for each size of batch, and those of samples."""
@@ -129,6 +131,8 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         samples=samples,
         state=state,
         begun=begun,
+        batches=batches,
+        shape=shape,
     )
 
 

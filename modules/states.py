@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dataset.loader import CachedDataset
-from modules.checkpoints import SavingOptions
+from modules.checkpoints import SavingOptions, ending, given_up, own
 from utils.errors import UserError
 from utils.identity import file_hash
 from utils.options import option
@@ -67,6 +67,7 @@ class Progress:
     data: str | None = None  # hash of what is in an epoch and in which order
     optimizer: str | None = None  # its class
     written: tuple[str, ...] = ()  # names of the files and states so far, which rotate
+    log_lines: int | None = None  # of the run's log so far
 
 
 @dataclass
@@ -77,37 +78,28 @@ class States:
     saving: SavingOptions
     written: set[str] = field(default_factory=set)  # only what this run wrote is ever deleted
 
-    def at_step(self, step: int) -> Path:
-        return self._path(f"-step{step:08d}")
+    def path(self, series: str, number: int = 0) -> Path:
+        """Return the state of a step, of an epoch (from 1) or of the end; series: "step", "epoch" or "end"."""
+        return self.saving.output_dir / f"{self.saving.output_name}{ending(series, number)}-state"
 
-    def at_epoch(self, epoch: int) -> Path:
-        return self._path(f"-{epoch:06d}")
+    def outdated(self, series: str, number: int) -> Path | None:
+        """Return the state that is given up once that of a step or an epoch is there, if it is this run's."""
+        saving, options = self.saving, self.options
+        every, last, other = {
+            "step": (saving.save_every_n_steps, options.save_last_n_steps_state, saving.save_last_n_steps),
+            "epoch": (saving.save_every_n_epochs, options.save_last_n_epochs_state, saving.save_last_n_epochs),
+        }.get(series, (None, None, None))
+        last = other if last is None else last
+        return own(self.path(series, given_up(series, number, every, last)), self.written) if every and last else None
 
-    def at_end(self) -> Path:
-        return self._path("")
-
-    def _path(self, ending: str) -> Path:
-        return self.saving.output_dir / f"{self.saving.output_name}{ending}-state"
-
-    def rotate_steps(self, step: int) -> None:
-        """Delete what --save_last_n_steps_state gives up after a step."""
-        every, last = self.saving.save_every_n_steps, self.options.save_last_n_steps_state
-        if (last := last if last is not None else self.saving.save_last_n_steps) is not None:
-            self._delete(self.at_step(max((step - last - 1) // every * every, 0)))
-
-    def rotate_epochs(self, epoch: int) -> None:
-        every, last = self.saving.save_every_n_epochs, self.options.save_last_n_epochs_state
-        if (last := last if last is not None else self.saving.save_last_n_epochs) is not None:
-            self._delete(self.at_epoch(max(epoch - every * last, 0)))
-
-    def _delete(self, path: Path) -> None:
-        if path.name in self.written and path.is_dir():
+    def delete(self, path: Path) -> None:
+        if path.is_dir():
             # Away at once, or what is left of it after a crash would look like a state.
             gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
             os.replace(path, gone)
             shutil.rmtree(gone)
-            self.written.discard(path.name)
             logger.info("deleted %s", path)
+        self.written.discard(path.name)
 
 
 @dataclass(frozen=True)
@@ -170,8 +162,10 @@ def write_state(
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error.__context__, OSError):  # a full disk, which torch.save() tells of in words of its own
+            raise error.__context__ from None
         raise
     logger.info("saved %s", path)
 

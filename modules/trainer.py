@@ -5,24 +5,27 @@ import logging
 import math
 import os
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints
+from modules.disk import optimizer_bytes, tensor_bytes
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.gradients import average_gradients
+from modules.milestones import FILE, SAMPLE, STATE
 from modules.optimizers import make_optimizer, make_schedule
 from modules.prediction import as_told, predict
 from modules.preflight import Plan, check
+from modules.progress_bar import RunBar
+from modules.recorder import Recorder, device_words
 from modules.run_logs import LoggingOptions, log_folder
 from modules.run_metadata import run_metadata
 from modules.samples import Sampler
@@ -144,6 +147,8 @@ class Trainer:
         self.epoch_losses: list[float] = []  # of the unfinished epoch
         self.bad_batches = 0  # of this step, those whose loss was no finite number
         self.bad_steps = 0  # the last ones, in a row
+        self.norms: list[Tensor] = []  # of the gradients of this step, of which a fused backward pass has many
+        self.record = Recorder(plan, accelerator.is_main_process, accelerator.device)
         self.stop = Stop()
         if plan.state:
             self.restore(plan.state)
@@ -153,24 +158,22 @@ class Trainer:
         self.log_start()
         if not self.plan.state:
             self.sample(epoch=0)
-        total, silent = self.plan.total_steps, not self.accelerator.is_main_process
-        # Closed also by an error, whose line would else stand at the end of the bar.
-        with self.stop, tqdm(total=total, initial=self.step, desc="steps", disable=silent) as progress:
+        with self.stop, self.record.running(self.step) as progress:
             for epoch in range(self.epochs, self.plan.epochs):
                 self.epoch(epoch, progress)
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
-            self.save_state(self.states.at_end())
-        if self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_final(self.trained.tensors(), self.step, self.plan.epochs)
+            self.save_state("end")
+        self.save_file("end", 0, self.plan.epochs)
+        self.record.end("end", self.step)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def epoch(self, epoch: int, progress: tqdm) -> None:
+    def epoch(self, epoch: int, progress: RunBar) -> None:
         """Train on all batches, or on those until the last step."""
         logger.info("epoch %d/%d", epoch + 1, self.plan.epochs)
         self.loader.set_epoch(epoch)
         self.plan.data.begun = self.batches * self.accelerator.num_processes
+        losses, examples = [], 0  # of this step
         for batch in batches_of(self.loader):
             with self.accelerator.accumulate(self.module):
                 loss = self.gradients(batch)
@@ -179,10 +182,18 @@ class Trainer:
             self.epoch_losses.append(loss.item())
             self.losses.append(self.epoch_losses[-1])
             average = sum(self.losses) / len(self.losses)
+            losses.append(self.losses[-1])
+            examples += len(batch) * self.accelerator.num_processes
             progress.set_postfix(avr_loss=average, **norms)
             if self.accelerator.sync_gradients:
                 self.step += 1
-                progress.update()
+                self.record.step(
+                    *(self.step, epoch + 1, losses, examples, self.norms),
+                    average=average,
+                    **self.rates(),
+                    **norms,
+                )
+                losses, examples, self.norms = [], 0, []
                 self.after_step(epoch)
             self.log({"loss/current": self.losses[-1], "loss/average": average, **self.rates(), **norms}, self.step)
             if self.accelerator.sync_gradients:
@@ -190,7 +201,9 @@ class Trainer:
             if self.step >= self.plan.total_steps:
                 break
         if self.epoch_losses:
-            self.log({"loss/epoch": sum(self.epoch_losses) / len(self.epoch_losses)}, epoch + 1)
+            mean = sum(self.epoch_losses) / len(self.epoch_losses)
+            self.log({"loss/epoch": mean}, epoch + 1)
+            self.record.log.write("epoch", self.step, epoch=epoch + 1, loss=mean)
         if self.batches == len(self.loader):
             self.epochs, self.batches, self.epoch_losses = epoch + 1, 0, []
         self.after_epoch(epoch + 1)
@@ -260,12 +273,14 @@ class Trainer:
         self.bad_batches = 0
         self.bad_steps += 1
         limit = self.plan.options.training.max_nan_steps
-        logger.warning("step %d is left out: its loss is no finite number (%d in a row)", self.step + 1, self.bad_steps)
+        text = "step %d is left out: its loss is no finite number (%d in a row)"
+        self.record.warn(self.step + 1, text, self.step + 1, self.bad_steps)
         if self.bad_steps >= limit:
-            path = self.save_state(self.states.at_step(self.step))
+            saved = self.save_state("step", self.step, early=True)
+            self.record.end("stop", self.step, state=self.states.path("step", self.step).name if saved else None)
             raise UserError(
-                f"the loss was no finite number in {limit} steps in a row, from step {self.step - limit + 2} on; "
-                f"the state is {path}",
+                f"the loss was no finite number in {limit} steps in a row, from step {self.step - limit + 2} on"
+                + (f"; the state is {self.states.path('step', self.step)}" if saved else ""),
                 "lower --learning_rate, use --mixed_precision bf16 for fp16, or look for damaged caches; an earlier "
                 "state may still be sound",
             )
@@ -282,34 +297,64 @@ class Trainer:
         """End the run with its state and files saved where a signal has asked for that."""
         if self.step >= self.plan.total_steps or not self.agreed(bool(self.stop.number)):
             return
-        state = self.states.at_step(self.step)
         every = self.plan.options.saving.save_every_n_steps
         due = every and self.step % every == 0  # and so has been saved
-        if not (due and self.plan.options.states.save_state):
-            self.save_state(state)
-        if not due and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        saved = (due and self.plan.options.states.save_state) or self.save_state("step", self.step, early=True)
+        if not due:
+            self.save_file("step", self.step, epoch)
+        state = self.states.path("step", self.step)
+        self.record.end("stop", self.step, state=state.name if saved else None)
         self.accelerator.wait_for_everyone()
-        raise Stopped(f"stopped after step {self.step}; go on with: {command_to_resume(state)}", 128 + self.stop.number)
+        how = f"go on with: {command_to_resume(state)}" if saved else "its state could not be saved"
+        raise Stopped(f"stopped after step {self.step}; {how}", 128 + self.stop.number)
 
-    def save_state(self, path: Path) -> Path:
-        """Save the state of the run, on all processes, and return its folder."""
+    def save_file(self, series: str, number: int, epoch: int) -> None:
+        """Save what is trained, on the first process, and delete what is outdated then; see Checkpoints.path()."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.averaged():
+            tensors, path = self.trained.tensors(), self.checkpoints.path(series, number)
+            self.record.save(
+                FILE,
+                self.step,
+                lambda: self.checkpoints.save(tensors, series, number, self.step, epoch),
+                path,
+                tensor_bytes(tensors.values(), self.checkpoints.file_dtype),
+                self.checkpoints,
+                self.checkpoints.outdated(series, number),
+                last=series == "end",
+            )
+
+    def save_state(self, series: str, number: int = 0, early: bool = False) -> bool:
+        """Save the state of the run, on all processes, and delete what is outdated then; return whether that was done.
+
+        early: before its time, because the run ends here: deletes nothing, and a run that goes on does not log it.
+        """
         every = gather_object([{name: each.get_state() for name, each in self.generators().items()}])
+        saved = False
         if self.accelerator.is_main_process:
             if self.trained.stowed:
                 self.trained.settle()
-            self.states.written.add(path.name)
-            scaler = self.accelerator.scaler
-            dictionaries = {
-                "optimizer": self.optimizer.optimizer.state_dict(),
-                "scheduler": self.schedule.state_dict(),
-                **({"scaler": scaler.state_dict()} if scaler else {}),
-            }
-            generators = {f"{rank}/{name}": state for rank, own in enumerate(every) for name, state in own.items()}
-            write_state(path, self.trained.tensors(), dictionaries, generators, self.progress())
+            path, outdated = self.states.path(series, number), None if early else self.states.outdated(series, number)
+            tensors, optimizer = self.trained.tensors(), self.optimizer.optimizer
+
+            def write() -> None:
+                self.states.written.add(path.name)
+                scaler = self.accelerator.scaler
+                dictionaries = {
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": self.schedule.state_dict(),
+                    **({"scaler": scaler.state_dict()} if scaler else {}),
+                }
+                generators = {f"{rank}/{name}": state for rank, own in enumerate(every) for name, state in own.items()}
+                write_state(path, tensors, dictionaries, generators, self.progress())
+                if outdated:
+                    self.states.delete(outdated)
+
+            needed = tensor_bytes(tensors.values()) + optimizer_bytes(optimizer)
+            saved = self.record.save(STATE, self.step, write, path, needed, self.states, outdated, noted=not early)
         self.accelerator.wait_for_everyone()
-        return path
+        return self.agreed(saved)
 
     def progress(self) -> Progress:
         return Progress(
@@ -324,6 +369,7 @@ class Trainer:
             data=self.plan.data.digest(),
             optimizer=self.optimizer_name.partition("(")[0],
             written=tuple(sorted(self.states.written | self.checkpoints.written)),
+            log_lines=self.record.log.lines,
         )
 
     def restore(self, state: State) -> None:
@@ -357,7 +403,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             average_gradients([p for p in parameters if p not in self.trained.stowed], self.accelerator)
         if self.plan.options.optimizer.max_grad_norm:
-            self.accelerator.clip_grad_norm_(parameters, self.plan.options.optimizer.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(parameters, self.plan.options.optimizer.max_grad_norm)
+            self.norms.append(norm)
         self.trained.step(self.optimizer, parameters)
         for parameter in parameters:
             parameter.grad = None
@@ -370,31 +417,31 @@ class Trainer:
 
     def after_step(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_steps
-        if every and self.step % every == 0 and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        due = every and self.step % every == 0
+        if due:
+            self.save_file("step", self.step, epoch)
         self.sample()
-        if every and self.step % every == 0 and self.plan.options.states.save_state:
-            self.save_state(self.states.at_step(self.step))
-            if self.accelerator.is_main_process:
-                self.states.rotate_steps(self.step)
+        if due and self.plan.options.states.save_state:
+            self.save_state("step", self.step)
 
     def after_epoch(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_epochs
-        if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_epoch(self.trained.tensors(), self.step, epoch)
-        if every and epoch % every == 0 and epoch < self.plan.epochs and self.plan.options.states.save_state:
-            self.save_state(self.states.at_epoch(epoch))
-            if self.accelerator.is_main_process:
-                self.states.rotate_epochs(epoch)
+        due = every and epoch % every == 0 and epoch < self.plan.epochs
+        if due:
+            self.save_file("epoch", epoch, epoch)
+        if due and self.plan.options.states.save_state:
+            self.save_state("epoch", epoch)
         self.sample(epoch)
 
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
-            with self.averaged():
-                self.sampler.attempt(self.dit, self.module, self.step, epoch)
+            with self.averaged(), self.record.aside(SAMPLE):
+                began = time.monotonic()
+                files = self.sampler.attempt(self.dit, self.module, self.step, epoch)
+                if files:
+                    prompts = [request.prompt for request in self.sampler.requests]
+                    self.record.samples(self.step, epoch, files, prompts, began)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -426,6 +473,12 @@ class Trainer:
             dtype_name(dtype),
         )
         logger.info("optimizer %s, seed %d", self.optimizer_name, self.plan.seed)
+        self.record.start(
+            device=device_words(accelerator.device, accelerator.num_processes),
+            trained=f"{self.trained.noun}, {count:,} numbers in {dtype_name(dtype)}",
+            optimizer=self.optimizer_name,
+            seed=self.plan.seed,
+        )
         logger.info(
             "%d steps in %d epochs of %d batches on %d process(es), %d batches to a step",
             self.plan.total_steps,

@@ -28,9 +28,9 @@ def _names(folder):
 
 def test_files_are_named_by_step_and_by_epoch(tmp_path):
     checkpoints = Checkpoints(SavingOptions(output_dir=tmp_path, output_name="name"), {"ss_seed": "1"})
-    checkpoints.save_step(TENSORS, 2, 0)
-    checkpoints.save_epoch(TENSORS, 4, 1)
-    assert checkpoints.save_final(TENSORS, 8, 2) == tmp_path / "name.safetensors"
+    checkpoints.save(TENSORS, "step", 2, 2, 0)
+    checkpoints.save(TENSORS, "epoch", 1, 4, 1)
+    assert checkpoints.save(TENSORS, "end", 0, 8, 2) == tmp_path / "name.safetensors"
     assert _names(tmp_path) == ["name-000001.safetensors", "name-step00000002.safetensors", "name.safetensors"]
     metadata = read_metadata(tmp_path / "name-step00000002.safetensors")
     assert (metadata["ss_steps"], metadata["ss_epoch"], metadata["ss_seed"]) == ("2", "0", "1")
@@ -40,7 +40,7 @@ def test_of_files_by_step_those_of_the_last_n_steps_stay(tmp_path):
     options = SavingOptions(output_dir=tmp_path, output_name="n", save_every_n_steps=10, save_last_n_steps=30)
     checkpoints = Checkpoints(options, {})
     for step in range(10, 60, 10):
-        checkpoints.save_step(TENSORS, step, 0)
+        checkpoints.save(TENSORS, "step", step, step, 0)
     assert _names(tmp_path) == [f"n-step000000{step}.safetensors" for step in (20, 30, 40, 50)]
 
 
@@ -49,7 +49,7 @@ def test_of_files_by_epoch_the_last_n_stay_and_older_runs_are_left_alone(tmp_pat
     options = SavingOptions(output_dir=tmp_path, output_name="n", save_every_n_epochs=2, save_last_n_epochs=1)
     checkpoints = Checkpoints(options, {})
     for epoch in (4, 6, 8):
-        checkpoints.save_epoch(TENSORS, epoch, epoch)
+        checkpoints.save(TENSORS, "epoch", epoch, epoch, epoch)
     assert _names(tmp_path) == ["n-000002.safetensors", "n-000008.safetensors"]
 
 
@@ -59,7 +59,7 @@ def test_of_files_by_epoch_the_last_n_stay_and_older_runs_are_left_alone(tmp_pat
 )
 def test_every_tensor_is_in_the_precision_asked_for(tmp_path, name, dtype):
     options = SavingOptions(output_dir=tmp_path, output_name="n", save_precision=name)
-    path = Checkpoints(options, {}).save_final(TENSORS, 1, 1)
+    path = Checkpoints(options, {}).save(TENSORS, "end", 0, 1, 1)
     assert all(tensor.dtype == dtype for tensor in load_file(path).values())
 
 
@@ -67,7 +67,7 @@ def test_without_metadata_a_file_still_says_how_to_load_it(tmp_path):
     options = SavingOptions(output_dir=tmp_path, output_name="n")
     metadata = training_metadata({"seed": 1, "network_dim": 4, "base_model_version": "wan"})
     metadata |= {"modelspec.title": "t", OWN_KEY: "{}"}
-    path = Checkpoints(options, metadata, no_metadata=True).save_final(TENSORS, 1, 1)
+    path = Checkpoints(options, metadata, no_metadata=True).save(TENSORS, "end", 0, 1, 1)
     assert read_metadata(path).keys() == {
         "ss_network_dim",
         "ss_base_model_version",

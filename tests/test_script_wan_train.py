@@ -45,7 +45,10 @@ def test_the_documented_command_writes_a_dit_that_trains_on(paths, tmp_path):
     result = _run([*launcher, "wan_train.py", *options, *paths])
     assert "DiT in torch.bfloat16; trained: weights of 325,216 numbers in bfloat16" in result.stderr
     folder = tmp_path / "models"
-    assert sorted(path.name for path in folder.iterdir()) == ["tuned-000001.safetensors", "tuned.safetensors"]
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+        "tuned-000001.safetensors",
+        "tuned.safetensors",
+    ]
     metadata = read_metadata(folder / "tuned.safetensors")
     assert metadata["num_heads"] == "3" and metadata["ss_full_bf16"] == "True"
     again = ["--dit", folder / "tuned.safetensors", "--output_name", "further", "--max_train_steps", "1"]

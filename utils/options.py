@@ -28,18 +28,18 @@ def option(
     parse: Callable[[str], Any] | None = None,
     required: bool = False,
     remote: bool = False,
+    secret: bool = False,
 ) -> Any:
     """Return a dataclass field that is a command line option of the same name.
 
     The annotation gives the type: bool is a flag; int, float, str, Path and `X | None` take one value; `tuple[X, ...]`
     takes any number and `tuple[X, X]` exactly two. `parse` turns one word into the value and raises ValueError.
     remote: a path that may be a file on the Hugging Face hub; it is the local one once options are parsed.
+    secret: left out of all that a run writes (`secrets_in`).
     """
     details = {"help": help, "choices": tuple(choices) if choices is not None else None, "nargs": nargs}
-    return dataclasses.field(
-        default=default,
-        metadata={**details, "metavar": metavar, "parse": parse, "required": required, "remote": remote},
-    )
+    details |= {"metavar": metavar, "parse": parse, "required": required, "remote": remote, "secret": secret}
+    return dataclasses.field(default=default, metadata=details)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +281,21 @@ def _checked_scalar(where: str, value: Any, scalar: type, field: dataclasses.Fie
         near = suggest(str(value), map(str, choices))
         raise UserError(f"{where} = {value!r}: choose from {', '.join(map(str, choices))}", near)
     return value
+
+
+def secrets_in(*groups: type) -> set[str]:
+    """Return the names of the options of these groups whose values nobody else is to see."""
+    return {field.name for group in groups for field in dataclasses.fields(group) if field.metadata.get("secret")}
+
+
+def without_secrets(argv: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the words of a command without these options and their values."""
+    flags, kept, skip = {f"--{name}" for name in names}, [], False
+    for word in argv:
+        if not skip and word.partition("=")[0] not in flags:
+            kept.append(word)
+        skip = not skip and word in flags
+    return kept
 
 
 _TOML_NAMES = {
