@@ -18,6 +18,7 @@ from wan.streaming import Device
 class Trained(ABC):
     """What is trained. Used in the order of its methods: checked before the DiT loads, then attached to it."""
 
+    options: Any  # a group of options, of what is trained
     noun = ""  # what the log calls it
     architecture = ""  # what the name of the model's family gets in the metadata of files
     deltas: Deltas | None = None  # what is added to the DiT's weights while they load

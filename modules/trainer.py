@@ -26,9 +26,17 @@ from modules.prediction import as_told, predict
 from modules.preflight import Plan, check
 from modules.progress_bar import RunBar
 from modules.recorder import Recorder, device_words
-from modules.run_logs import LoggingOptions, log_folder
+from modules.run_logs import (
+    LoggingOptions,
+    plan_tracking,
+    rates_of,
+    start_tracking,
+    track_epoch,
+    track_samples,
+)
 from modules.run_metadata import run_metadata
 from modules.samples import Sampler
+from modules.settings import groups_of, hide_secrets
 from modules.states import Progress, State, States, restore_optimizer, write_state
 from modules.stopping import Stop, command_to_resume
 from modules.train_options import TrainOptions
@@ -53,18 +61,19 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
     if not state.is_main_process:
         logging.disable(logging.WARNING)
-    folder = log_folder(logs)
+    groups = groups_of(options, trained.options, logs)
+    hide_secrets(groups)
+    tracking = plan_tracking(logs)
     plan = check(options, trained, _agreed_seed(options.training.seed), state.device, state.num_processes)
     accelerator = Accelerator(
         cpu=on_cpu,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
         # No autocast, the DiT does without; gradients of float16 are scaled, or the small ones would be lost.
         mixed_precision="fp16" if plan.dtype == torch.float16 else "no",
-        log_with="tensorboard" if folder else None,
-        project_dir=folder,
+        log_with=list(tracking.names) or None,
+        project_dir=tracking.folder,
     )
-    if folder:
-        accelerator.init_trackers(logs.log_tracker_name)
+    start_tracking(accelerator, logs, tracking, groups)
     for line in plan.data.summary().lines():
         logger.info("%s", line)
     # Before the DiT: the encoders of prompts and pictures are not in memory beside it.
@@ -202,7 +211,7 @@ class Trainer:
                 break
         if self.epoch_losses:
             mean = sum(self.epoch_losses) / len(self.epoch_losses)
-            self.log({"loss/epoch": mean}, epoch + 1)
+            track_epoch(self.accelerator, mean, epoch + 1, self.step)
             self.record.log.write("epoch", self.step, epoch=epoch + 1, loss=mean)
         if self.batches == len(self.loader):
             self.epochs, self.batches, self.epoch_losses = epoch + 1, 0, []
@@ -442,6 +451,7 @@ class Trainer:
                 if files:
                     prompts = [request.prompt for request in self.sampler.requests]
                     self.record.samples(self.step, epoch, files, prompts, began)
+                    track_samples(self.accelerator, files, prompts, self.step)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -453,8 +463,7 @@ class Trainer:
             self.optimizer.optimizer.train()
 
     def rates(self) -> dict[str, float]:
-        groups = self.optimizer.param_groups
-        return {f"lr/{group['name']}": group["lr"] for group in groups if group["lr"] is not None}
+        return rates_of(self.optimizer.param_groups)
 
     def log(self, values: dict[str, float], step: int) -> None:
         if self.accelerator.trackers:
