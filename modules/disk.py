@@ -131,7 +131,6 @@ def save_where_there_is_room(
     delete: Callable[[Path], None] = Path.unlink,
     patience: float = 0.0,
     tell: Callable[..., None] = logger.warning,
-    wait: Callable[[float], None] = time.sleep,
 ) -> bool:
     """Write a file or a state, and return whether that was done; where there is no room, that is told in a line.
 
@@ -163,7 +162,7 @@ def save_where_there_is_room(
             first, told = False, now
         if not waits:
             return False
-        wait(_EVERY)
+        time.sleep(_EVERY)
 
 
 def _size(path: Path) -> int:

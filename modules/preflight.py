@@ -54,7 +54,8 @@ class Plan:
 
     def steps(self) -> list[Step]:
         """Return what the steps of training compute, one for each size of batch, and those of samples."""
-        how = (self.trained.numbers, self.trained.rank, self.options.precision.gradient_checkpointing)
+        # At least 1: of a DiT that is trained itself the numbers are counted with its weights.
+        how = (max(self.trained.numbers, 1), self.trained.rank, self.options.precision.gradient_checkpointing)
         sizes = {
             (dict(item.shapes)["latents"][1:], config.batch_size)
             for config, items in zip(self.data.configs, self.data.items, strict=True)

@@ -140,7 +140,7 @@ class Recorder:
                 tell=partial(self.warn, step),
             )
         if done and kind == FILE:
-            self.log.write("save", step, file=path.name, bytes=path.stat().st_size)
+            self.log.write("save", step, file=path.name)
         if last and not done:
             raise UserError(f"{path}: could not be saved, there was no room", "free some space before the next run")
         return done

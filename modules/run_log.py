@@ -7,11 +7,12 @@ step        epoch, loss, average, learning rates as lr/NAME, grad_norm, seconds,
 epoch       epoch, loss: the mean over its batches
 validation  any numbers by name; each name is a curve of the report
 sample      epoch, files beside the log, prompts, seconds
-save        file, bytes
+save        file
 warning     text
 stop, end   file or state; seconds of the run
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -25,6 +26,8 @@ from utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
+_WAITING = 1 << 20  # bytes of lines that wait for room on a full disk
+
 
 class RunLog:
     """Appends to a run's log; every line is with the system, safe from the end of this process, once written.
@@ -36,6 +39,7 @@ class RunLog:
         self.path = path
         self.lines = 0
         self._file = None
+        self._failed = False  # to write a line
 
     def begin(self) -> None:
         """Begin a new log. One of an earlier run of the name, and its report, are kept under names with its time."""
@@ -70,7 +74,7 @@ class RunLog:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")  # noqa: SIM115
+        self._file = open(self.path, "ab", buffering=_WAITING)  # noqa: SIM115
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append a line. Numbers that are not finite become null, which JSON has no other word for."""
@@ -79,11 +83,12 @@ class RunLog:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         try:
             self._file.write(json.dumps(_jsonable(line), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            self.lines += 1
             self._file.flush()
-        except OSError as error:  # a full disk: training goes on, and saves tell of it
-            logger.warning("%s: a line could not be written (%s)", self.path, error.strerror)
-            return
-        self.lines += 1
+        except OSError as error:  # a full disk: lines wait until there is room, and training does not
+            if not self._failed:
+                logger.warning("%s: cannot be written at present (%s)", self.path, error.strerror)
+            self._failed = True
 
     def sync(self) -> None:
         """Return once all lines are on the disk."""
@@ -92,7 +97,8 @@ class RunLog:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from modules import charts
-from modules.dataset_report import duration, in_bytes
+from modules.dataset_report import duration
 from modules.pages import data_uri, escaped, html_table, page, thumbnail
 from modules.run_log import read_log, report_path
 from utils.files import atomic_path
@@ -228,13 +228,10 @@ def _charts(data: RunData) -> str:
 def _saves(data: RunData) -> str:
     if not data.saves:
         return ""
-    rows = [
-        [escaped(each.get("step")), escaped(each.get("file")), in_bytes(each["bytes"]) if each.get("bytes") else ""]
-        for each in data.saves[-100:]
-    ]
-    return (
-        f"<details><summary>Files saved: {len(data.saves)}</summary>{html_table(['step', 'file', ''], rows)}</details>"
+    table = html_table(
+        ["step", "file"], [[escaped(each.get(name)) for name in ("step", "file")] for each in data.saves]
     )
+    return f"<details><summary>Files saved: {len(data.saves)}</summary>{table}</details>"
 
 
 def _dataset(dataset: Mapping[str, Any]) -> str:

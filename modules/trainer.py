@@ -20,6 +20,7 @@ from modules.checkpoints import Checkpoints
 from modules.disk import optimizer_bytes, tensor_bytes
 from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
 from modules.gradients import average_gradients
+from modules.memory_advice import memory_advised, savings
 from modules.milestones import FILE, SAMPLE, STATE
 from modules.optimizers import make_optimizer, make_schedule
 from modules.prediction import as_told, predict
@@ -35,6 +36,7 @@ from modules.run_logs import (
     track_samples,
 )
 from modules.run_metadata import run_metadata
+from modules.run_summary import summary
 from modules.samples import Sampler
 from modules.settings import groups_of, hide_secrets
 from modules.states import Progress, State, States, restore_optimizer, write_state
@@ -43,7 +45,7 @@ from modules.train_options import TrainOptions
 from modules.trained import Trained
 from utils.devices import default_device, dtype_name, parse_dtype
 from utils.errors import Stopped, UserError
-from wan.auto_swap import AutoSwap, auto_recommended
+from wan.auto_swap import AutoSwap
 from wan.checkpointing import offloading, save_memory
 from wan.loading import load_dit
 from wan.model import WanModel
@@ -65,6 +67,7 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
     hide_secrets(groups)
     tracking = plan_tracking(logs)
     plan = check(options, trained, _agreed_seed(options.training.seed), state.device, state.num_processes)
+    lines = summary(plan, state.device)
     accelerator = Accelerator(
         cpu=on_cpu,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
@@ -74,12 +77,12 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
         project_dir=tracking.folder,
     )
     start_tracking(accelerator, logs, tracking, groups)
-    for line in plan.data.summary().lines():
+    for line in (*plan.data.summary().lines(), *lines):
         logger.info("%s", line)
     # Before the DiT: the encoders of prompts and pictures are not in memory beside it.
     sampler = Sampler(plan.samples) if plan.samples and accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    with _advice(options, trained):
+    with memory_advised(plan):
         dit = load_dit(
             options.dit.dit,
             plan.config,
@@ -107,6 +110,8 @@ class Trainer:
     def __init__(self, plan: Plan, dit: WanModel, accelerator: Accelerator, sampler: Sampler | None = None):
         options, training = plan.options, plan.options.training
         self.plan, self.accelerator, self.dit, self.sampler = plan, accelerator, dit, sampler
+        if auto := getattr(dit, "auto_swap", None):
+            auto.fix = savings(plan)
         precision = options.precision
         offloads = precision.gradient_checkpointing and precision.gradient_checkpointing_cpu_offload
         save_memory(
@@ -164,6 +169,11 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end and save the result."""
+        with memory_advised(self.plan):
+            self.train()
+
+    def train(self) -> None:
+        """Train to the end and save the result, whatever memory that takes."""
         self.log_start()
         if not self.plan.state:
             self.sample(epoch=0)
@@ -232,8 +242,7 @@ class Trainer:
             return loss.detach()
 
         auto: AutoSwap | None = getattr(self.dit, "auto_swap", None)
-        with _advice(self.plan.options, self.trained):
-            return auto.retry(compute, self.way_back()) if auto else compute()
+        return auto.retry(compute, self.way_back()) if auto else compute()
 
     def way_back(self) -> Callable[[], None]:
         """Return what undoes the computation of gradients that begins now, random numbers included."""
@@ -496,11 +505,6 @@ class Trainer:
             accelerator.num_processes,
             accelerator.gradient_accumulation_steps,
         )
-
-
-def _advice(options: TrainOptions, trained: Trained) -> contextlib.AbstractContextManager:
-    """Return what recommends block swap where the body runs out of memory, and blocks can be swapped at will."""
-    return auto_recommended(options.swap) if trained.beside else contextlib.nullcontext()
 
 
 def _agreed_seed(seed: int | None) -> int:

@@ -37,7 +37,7 @@ def reporter(tmp_path):
             log.write("sample", step, epoch=None, files=files, prompts=[EVIL, "a red square"])
             log.write("validation", step, loss=2 / step, **{"loss/0-250": 3 / step, "loss/250-500": 4 / step})
     log.write("warning", 60, text="the disk is full")
-    log.write("save", 60, file="name.safetensors", bytes=1234)
+    log.write("save", 60, file="name.safetensors")
     log.write("end", 60, seconds=40)
     log.close()
     return Reporter(log.path)

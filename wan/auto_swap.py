@@ -118,12 +118,12 @@ class AutoSwap:
         swapped = len(ring.numbers)
         if swapped == blocks:
             raise UserError(
-                f"not enough GPU memory ({_short(line)}), with all {blocks} blocks swapped",
+                f"not enough GPU memory ({short(line)}), with all {blocks} blocks swapped",
                 f"{self.fix}; docs/memory.md lists what saves how much",
             )
         if not self.alone:
             raise UserError(
-                f"not enough GPU memory ({_short(line)}), and several processes cannot try again",
+                f"not enough GPU memory ({short(line)}), and several processes cannot try again",
                 f"give {self.option} a number, more than {swapped}",
             )
         # Twice as many as the last time, so that it does not take many attempts.
@@ -134,7 +134,7 @@ class AutoSwap:
         added = [resident[i] for i in streamed_blocks(len(resident), target - swapped)]
         logger.warning(
             "not enough GPU memory (%s): %s auto swaps %d blocks instead of %d and computes this again",
-            *(_short(line), self.option, target, swapped),
+            *(short(line), self.option, target, swapped),
         )
         release_memory(ring.device.where)
         ring.stream([*ring.numbers, *added], slots_for(target, self.ring_size))
@@ -156,12 +156,12 @@ def auto_recommended(options: SwapOptions) -> Iterator[None]:
             raise
         given = f" with --blocks_to_swap {options.blocks_to_swap}" if options.blocks_to_swap else ""
         raise UserError(
-            f"not enough GPU memory{given} ({_short(str(error))})",
+            f"not enough GPU memory{given} ({short(str(error))})",
             "use --blocks_to_swap auto; docs/memory.md lists what else saves some",
         ) from None
 
 
-def _short(line: str) -> str:
+def short(line: str) -> str:
     """Return an error of torch without what follows: the memory of every process."""
     return line.partition(". GPU ")[0]
 
