@@ -5,7 +5,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -112,6 +112,7 @@ class Checkpoints:
     dtype: torch.dtype = torch.float32  # of the tensors, where the options ask for no other
     hashed: bool = True  # with hashes of the tensors, for which all of them are copied in memory
     written: set[str] = field(default_factory=set)  # names; only what this run wrote is ever deleted
+    before_delete: Callable[[Path], None] = lambda path: None
 
     def save(self, tensors: Mapping[str, Tensor], series: str, number: int, step: int, epoch: int) -> Path:
         """Save after a step or an epoch, or at the end, and delete what is outdated then; return the file.
@@ -137,6 +138,7 @@ class Checkpoints:
         return own(self.path(series, given_up(series, number, every, last)), self.written) if every and last else None
 
     def delete(self, path: Path) -> None:
+        self.before_delete(path)
         path.unlink(missing_ok=True)
         self.written.discard(path.name)
         logger.info("deleted %s", path)

@@ -14,6 +14,7 @@ from modules.checkpoints import check_saving
 from modules.flow_matching import check_timesteps
 from modules.generation import step_of
 from modules.generation_options import RunOptions, SamplingOptions
+from modules.hub import check_hub, resumed_from
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
 from modules.states import State, check_fit, check_states, find_state, position
@@ -79,7 +80,8 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     datasets = load_config(options.data.dataset_config)
     shape = check_dit(options.dit.dit, config)
     check_states(options.states)
-    state = find_state(options.states.resume, options.saving.output_dir, options.saving.output_name)
+    resume = resumed_from(options.hub, options.states.resume)
+    state = find_state(resume, options.saving.output_dir, options.saving.output_name)
     if state and state.progress.seed not in (None, seed):
         if options.training.seed is not None:
             logger.warning("--seed %d: the run goes on with its own, %d", seed, state.progress.seed)
@@ -117,6 +119,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         device,
         (options.saving.output_dir, options.saving.output_name),
     )
+    check_hub(options.hub, options.states.save_state or options.states.save_state_on_train_end)
     return Plan(
         options=options,
         trained=trained,

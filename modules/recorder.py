@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modules.checkpoints import Checkpoints
 from modules.disk import save_where_there_is_room
+from modules.hub import Uploads
 from modules.milestones import FILE, STATE, Ahead, milestones
 from modules.preflight import Plan
 from modules.progress_bar import RunBar
@@ -39,6 +40,9 @@ class Recorder:
         self.plan, self.first, self.device = plan, first, device
         path = log_path(saving.output_dir, saving.output_name) if first else None
         self.log, self.reporter = RunLog(path), Reporter(path) if path else None
+        hub = plan.options.hub
+        self.uploads = Uploads(hub, self._warn) if first and hub.huggingface_repo_id else None
+        self._step = 0
         self.bar: RunBar | None = None
         self._began = time.monotonic()
 
@@ -86,7 +90,7 @@ class Recorder:
         **values: float,
     ) -> None:
         """Note an optimizer step; epoch: its number, from 1; losses: of its batches; norms: of its gradients' parts."""
-        seconds = self.bar.step()
+        seconds, self._step = self.bar.step(), step
         if not self.first:
             return
         self.log.write(
@@ -139,8 +143,10 @@ class Recorder:
                 *(written, path, needed, outdated, keeper.delete, _PATIENCE if last else 0.0),
                 tell=partial(self.warn, step),
             )
-        if done and kind == FILE:
-            self.log.write("save", step, file=path.name)
+            if done and kind == FILE:
+                self.log.write("save", step, file=path.name)
+            if done and self.uploads and (kind == FILE or self.plan.options.hub.save_state_to_huggingface):
+                self.uploads.add(path)
         if last and not done:
             raise UserError(f"{path}: could not be saved, there was no room", "free some space before the next run")
         return done
@@ -150,11 +156,21 @@ class Recorder:
         logger.warning(text, *values)
         self.log.write("warning", step, text=text % values)
 
+    def _warn(self, text: str, *values: Any) -> None:
+        self.warn(self._step, text, *values)
+
     def end(self, kind: str, step: int, **values: Any) -> None:
         """Note the end of the run, "end" or "stop", and write the report."""
+        if self.uploads:
+            self.uploads.finish()
         self.log.write(kind, step, seconds=round(time.monotonic() - self._began, 1), **values)
         self.report()
         self.log.close()
+
+    def before_delete(self, path: Path) -> None:
+        """Return once a file or a state can be deleted."""
+        if self.uploads:
+            self.uploads.wait_for(path)
 
     def report(self) -> None:
         if self.reporter:

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunLog:
         self.lines = 0
         self._file = None
         self._failed = False  # to write a line
+        self._lock = threading.Lock()  # uploads beside the training warn too
 
     def begin(self) -> None:
         """Begin a new log. One of an earlier run of the name, and its report, are kept under names with its time."""
@@ -82,9 +84,10 @@ class RunLog:
             return
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         try:
-            self._file.write(json.dumps(_jsonable(line), ensure_ascii=False, allow_nan=False).encode() + b"\n")
-            self.lines += 1
-            self._file.flush()
+            with self._lock:
+                self._file.write(json.dumps(_jsonable(line), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+                self.lines += 1
+                self._file.flush()
         except OSError as error:  # a full disk: lines wait until there is room, and training does not
             if not self._failed:
                 logger.warning("%s: cannot be written at present (%s)", self.path, error.strerror)

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class States:
     options: StateOptions
     saving: SavingOptions
     written: set[str] = field(default_factory=set)  # only what this run wrote is ever deleted
+    before_delete: Callable[[Path], None] = lambda path: None
 
     def path(self, series: str, number: int = 0) -> Path:
         """Return the state of a step, of an epoch (from 1) or of the end; series: "step", "epoch" or "end"."""
@@ -93,6 +94,7 @@ class States:
         return own(self.path(series, given_up(series, number, every, last)), self.written) if every and last else None
 
     def delete(self, path: Path) -> None:
+        self.before_delete(path)
         if path.is_dir():
             # Away at once, or what is left of it after a crash would look like a state.
             gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")

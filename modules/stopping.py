@@ -44,7 +44,8 @@ class Stop:
 
 def command_to_resume(state: Path) -> str:
     """Return the command that goes on from a state, as one would type it."""
-    words = [word for word in sys.argv if not word.startswith("--resume=")]
+    # The state is here now, wherever the run itself went on from.
+    words = [word for word in sys.argv if not word.startswith("--resume=") and word != "--resume_from_huggingface"]
     if "--resume" in words:
         place = words.index("--resume")
         del words[place : place + 2]

@@ -9,6 +9,7 @@ from accelerate.utils import DynamoBackend
 from dataset.config import DatasetOptions
 from modules.checkpoints import MetadataOptions, SavingOptions
 from modules.flow_matching import TimestepOptions
+from modules.hub import HubOptions
 from modules.optimizers import OptimizerOptions
 from modules.samples import SampleOptions
 from modules.states import StateOptions
@@ -118,7 +119,6 @@ class LaterOptions:
     """not available yet"""
 
     dit_high_noise: Path | None = option(None, "train on both models of Wan2.2")
-    huggingface_repo_id: str | None = option(None, "upload files to Hugging Face")
 
 
 @dataclass(frozen=True)
@@ -141,4 +141,5 @@ class TrainOptions:
     clip: ClipOptions
     compiling: TrainingCompileOptions
     states: StateOptions
+    hub: HubOptions
     later: LaterOptions

@@ -163,6 +163,7 @@ class Trainer:
         self.bad_steps = 0  # the last ones, in a row
         self.norms: list[Tensor] = []  # of the gradients of this step, of which a fused backward pass has many
         self.record = Recorder(plan, accelerator.is_main_process, accelerator.device)
+        self.checkpoints.before_delete = self.states.before_delete = self.record.before_delete
         self.stop = Stop()
         if plan.state:
             self.restore(plan.state)

@@ -387,7 +387,6 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--weights_on_disk", "--weights_on_disk: is for blocks that are swapped. Add --blocks_to_swap auto."),
         ("--blocks_to_swap -1", "--blocks_to_swap -1: must not be negative."),
         ("--blocks_to_swap 2 --block_swap_ring_size 0", "--block_swap_ring_size 0: there must be room"),
-        ("--huggingface_repo_id me/it", "--huggingface_repo_id: is not available yet. Leave it out."),
         ("--dynamo_backend OFI", "--compile_backend ofi: is not one that torch"),
         ("--max_train_steps 0", "--max_train_steps 0: must be at least 1."),
         (
