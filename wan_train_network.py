@@ -13,6 +13,7 @@ from dataclasses import fields
 
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.run_logs import LoggingOptions
+from modules.timestep_chart import show_timesteps
 from modules.train_options import TrainOptions
 from modules.trainer import make_trainer
 from utils.errors import run_script
@@ -22,7 +23,11 @@ from utils.options import parse_options
 def main() -> None:
     groups = [field.type for field in fields(TrainOptions)]
     *options, network, logs = parse_options(__doc__, *groups, NetworkOptions, LoggingOptions)
-    make_trainer(TrainOptions(*options), TrainedLora(network), logs).run()
+    training = TrainOptions(*options)
+    if training.show.show_timesteps:
+        show_timesteps(training)
+    else:
+        make_trainer(training, TrainedLora(network), logs).run()
 
 
 if __name__ == "__main__":

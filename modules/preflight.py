@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -73,6 +73,9 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     _refuse_later(options)
     _check_numbers(options.training)
     _warn_of_unused(options.precision)
+    for field in fields(options.unused):
+        if getattr(options.unused, field.name) != field.default:
+            logger.warning("--%s: has no effect, it is of another model than Wan", field.name)
     check_timesteps(options.timesteps)
     attn_mode = choose_attention(options.attention)
     compiling = options.compiling.resolved()

@@ -44,7 +44,7 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "logit_mean": timesteps.logit_mean,
         "logit_std": timesteps.logit_std,
         "mode_scale": timesteps.mode_scale,
-        "guidance_scale": 1.0,
+        "guidance_scale": options.unused.guidance_scale,
         "timestep_sampling": timesteps.timestep_sampling,
         "sigmoid_scale": timesteps.sigmoid_scale,
         "discrete_flow_shift": timesteps.discrete_flow_shift,

@@ -115,6 +115,31 @@ class TrainingCompileOptions(CompileOptions):
 
 
 @dataclass(frozen=True)
+class CudaOptions:
+    """CUDA"""
+
+    cuda_allow_tf32: bool = option(False, "let float32 matrices be multiplied in TF32: faster, less exact")
+    cuda_cudnn_benchmark: bool = option(False, "let cuDNN try its kernels for every new size, and keep the fastest")
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """looking before training"""
+
+    show_timesteps: str | None = option(
+        None, "show how the timesteps will be distributed, for each dataset, and stop", choices=("image", "console")
+    )
+
+
+@dataclass(frozen=True)
+class UnusedOptions:
+    """accepted from older command lines, without effect on Wan"""
+
+    guidance_scale: float = option(1.0, "of another model; the metadata of files tells it")
+    img_in_txt_in_offloading: bool = option(False, "of another model")
+
+
+@dataclass(frozen=True)
 class LaterOptions:
     """not available yet"""
 
@@ -142,4 +167,7 @@ class TrainOptions:
     compiling: TrainingCompileOptions
     states: StateOptions
     hub: HubOptions
+    cuda: CudaOptions
+    show: ShowOptions
+    unused: UnusedOptions
     later: LaterOptions

@@ -63,6 +63,10 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
     if not state.is_main_process:
         logging.disable(logging.WARNING)
+    if options.cuda.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if options.cuda.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
     groups = groups_of(options, trained.options, logs)
     hide_secrets(groups)
     tracking = plan_tracking(logs)

@@ -608,3 +608,23 @@ def test_auto_is_recommended_when_training_runs_out_of_memory(trainer, monkeypat
     monkeypatch.setattr(run.accelerator, "backward", backward)
     with pytest.raises(UserError, match="not enough GPU memory .* Use --blocks_to_swap auto"):
         run.run()
+
+
+def test_options_of_other_models_are_accepted_and_told(trainer, caplog):
+    run = trainer("--max_train_steps 1 --guidance_scale 3.5 --img_in_txt_in_offloading")
+    run.run()
+    assert _metadata(run)["ss_guidance_scale"] == "3.5"
+    for name in ("guidance_scale", "img_in_txt_in_offloading"):
+        assert f"--{name}: has no effect, it is of another model than Wan" in caplog.text
+    trainer("--max_train_steps 1")
+    assert caplog.text.count("has no effect") == 2
+
+
+def test_switches_of_cuda_are_set(trainer):
+    trainer("--max_train_steps 1")
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.benchmark
+    try:
+        trainer("--max_train_steps 1 --cuda_allow_tf32 --cuda_cudnn_benchmark")
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = False
