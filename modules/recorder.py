@@ -99,7 +99,11 @@ class Recorder:
             epoch=epoch,
             loss=sum(losses) / len(losses),
             **values,
-            **({"grad_norm": torch.stack([norm.float() for norm in norms]).norm().item()} if norms else {}),
+            **(
+                {"grad_norm": torch.stack([norm.float().to(self.device) for norm in norms]).norm().item()}
+                if norms
+                else {}
+            ),
             examples=examples,
             seconds=round(seconds, 4),
             memory_gb=round(self._memory() / 1e9, 3),
@@ -166,6 +170,16 @@ class Recorder:
         self.log.write(kind, step, seconds=round(time.monotonic() - self._began, 1), **values)
         self.report()
         self.log.close()
+
+    def fail(self, step: int, error: BaseException) -> None:
+        """Note why the run ends, unless its end is noted already."""
+        if self.log.path and not self.log.closed:
+            if self.uploads and isinstance(error, UserError):
+                self.uploads.finish()
+            why = str(error) or type(error).__name__
+            self.log.write("stop", step, error=" ".join(why.split())[:500])
+            self.report()
+            self.log.close()
 
     def before_delete(self, path: Path) -> None:
         """Return once a file or a state can be deleted."""

@@ -9,7 +9,7 @@ validation  any numbers by name; each name is a curve of the report
 sample      epoch, files beside the log, prompts, seconds
 save        file
 warning     text
-stop, end   file or state; seconds of the run
+stop, end   seconds of the run; of a stop its state, or the error
 """
 
 import contextlib
@@ -92,6 +92,10 @@ class RunLog:
             if not self._failed:
                 logger.warning("%s: cannot be written at present (%s)", self.path, error.strerror)
             self._failed = True
+
+    @property
+    def closed(self) -> bool:
+        return self._file is None
 
     def sync(self) -> None:
         """Return once all lines are on the disk."""

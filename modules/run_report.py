@@ -195,6 +195,8 @@ def _overview(data: RunData) -> str:
     if began:
         rows.append(["began", datetime.fromtimestamp(began).strftime("%Y-%m-%d %H:%M")])
     state = {"end": "finished", "stop": "stopped"}.get(data.end.get("kind"), "running, or ended without a word")
+    if data.end.get("error"):
+        state += f": {data.end['error']}"
     rows.append(["state", f"{state}; last line of the log {_time((data.end or last or start).get('time'))}"])
     return html_table([], [[escaped(cell) for cell in row] for row in rows])
 

@@ -174,15 +174,19 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end and save the result."""
-        with memory_advised(self.plan):
-            self.train()
+        try:
+            with memory_advised(self.plan):
+                self.train()
+        except BaseException as error:
+            self.record.fail(self.step, error)
+            raise
 
     def train(self) -> None:
         """Train to the end and save the result, whatever memory that takes."""
         self.log_start()
-        if not self.plan.state:
-            self.sample(epoch=0)
         with self.stop, self.record.running(self.step) as progress:
+            if not self.plan.state:
+                self.sample(epoch=0)
             for epoch in range(self.epochs, self.plan.epochs):
                 self.epoch(epoch, progress)
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
@@ -300,7 +304,6 @@ class Trainer:
         self.record.warn(self.step + 1, text, self.step + 1, self.bad_steps)
         if self.bad_steps >= limit:
             saved = self.save_state("step", self.step, early=True)
-            self.record.end("stop", self.step, state=self.states.path("step", self.step).name if saved else None)
             raise UserError(
                 f"the loss was no finite number in {limit} steps in a row, from step {self.step - limit + 2} on"
                 + (f"; the state is {self.states.path('step', self.step)}" if saved else ""),
@@ -427,7 +430,7 @@ class Trainer:
             average_gradients([p for p in parameters if p not in self.trained.stowed], self.accelerator)
         if self.plan.options.optimizer.max_grad_norm:
             norm = self.accelerator.clip_grad_norm_(parameters, self.plan.options.optimizer.max_grad_norm)
-            self.norms.append(norm)
+            self.norms.append(norm.detach())
         self.trained.step(self.optimizer, parameters)
         for parameter in parameters:
             parameter.grad = None

@@ -7,6 +7,7 @@ import pytest
 
 from modules.run_log import RunLog, log_path, read_log, report_path
 from tests.test_modules_trainer import trainer  # noqa: F401
+from utils.errors import Stopped
 
 TIMES = ("time", "seconds", "memory_gb")
 
@@ -60,35 +61,47 @@ def test_a_log_goes_on_after_the_lines_of_the_state_and_keeps_the_others_aside(t
 
 
 @pytest.mark.parametrize(
-    ("options", "killed"),
+    ("options", "last", "how"),
     [
-        ("--max_train_steps 9 --save_every_n_steps 3 --save_state", 5),
-        ("--max_train_epochs 2 --save_every_n_epochs 1 --save_state --gradient_accumulation_steps 2", 6),
+        ("--max_train_steps 9 --save_every_n_steps 3 --save_state", 5, "killed"),
+        ("--max_train_epochs 2 --save_every_n_epochs 1 --save_state --gradient_accumulation_steps 2", 6, "failed"),
+        ("--max_train_steps 9 --save_every_n_steps 3 --save_state", 5, "stopped"),
+        ("--max_train_steps 9 --save_every_n_steps 5 --save_state", 5, "stopped"),
     ],
 )
-def test_the_log_of_a_killed_and_resumed_run_is_that_of_an_undisturbed_one(
+def test_the_log_of_a_run_that_ended_and_goes_on_is_that_of_an_undisturbed_one(
     trainer,  # noqa: F811
     tmp_path,
     options,
-    killed,
+    last,
+    how,
 ):
-    folders = [tmp_path / name / "out" for name in ("straight", "killed")]
+    folders = [tmp_path / name / "out" for name in ("straight", "again")]
     options = f"{options} --learning_rate 1e-3 --network_dropout 0.1"
     trainer(f"{options} --output_dir {folders[0].as_posix()}").run()
     run = trainer(f"{options} --output_dir {folders[1].as_posix()}")
-    step, steps = run.record.step, []
+    step = run.record.step
 
-    def die(number, *values, **more):
-        if number == killed:
-            raise MemoryError("killed")
-        steps.append(number)
+    def end(number, *values, **more):
         step(number, *values, **more)
+        if number == last and how == "stopped":
+            run.stop.number = 15
+        elif number == last:
+            raise MemoryError("too little")
 
-    run.record.step = die
-    with pytest.raises(MemoryError):
+    run.record.step = end
+    if how == "killed":  # nothing is noted, and the end of a line is lost
+        run.record.fail = lambda *arguments: run.record.log.close()
+    with pytest.raises(Stopped if how == "stopped" else MemoryError):
         run.run()
+    path = folders[1] / "name_log.jsonl"
+    end = list(read_log(path))[-1]
+    if how == "killed":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        assert (end["kind"], end.get("error")) == ("stop", "too little" if how == "failed" else None)
     resumed = trainer(f"{options} --output_dir {folders[1].as_posix()} --resume latest")
-    assert 0 < resumed.step < killed and steps[-1] == killed - 1
+    assert 0 < resumed.step < last or how == "stopped"
     resumed.run()
     straight, again = (lines(folder / "name_log.jsonl") for folder in folders)
     assert straight == again
