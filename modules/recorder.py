@@ -93,17 +93,14 @@ class Recorder:
         seconds, self._step = self.bar.step(), step
         if not self.first:
             return
+        if norms:
+            values["grad_norm"] = torch.stack([norm.float().to(self.device) for norm in norms]).norm().item()
         self.log.write(
             "step",
             step,
             epoch=epoch,
             loss=sum(losses) / len(losses),
             **values,
-            **(
-                {"grad_norm": torch.stack([norm.float().to(self.device) for norm in norms]).norm().item()}
-                if norms
-                else {}
-            ),
             examples=examples,
             seconds=round(seconds, 4),
             memory_gb=round(self._memory() / 1e9, 3),

@@ -54,7 +54,7 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> RunData:
             data.last = dict(line)
             data.seconds += line.get("seconds") or 0
             data.examples += line.get("examples") or 0
-            data.left_out += bool(line.get("left_out"))
+            data.left_out += "steps_left_out" in line
             _add(data.steps, step, line)
         elif kind == "validation":
             _add(data.validation, step, line)

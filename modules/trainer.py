@@ -325,10 +325,11 @@ class Trainer:
             return
         every = self.plan.options.saving.save_every_n_steps
         due = every and self.step % every == 0  # and so has been saved
-        saved = (due and self.plan.options.states.save_state) or self.save_state("step", self.step, early=True)
+        state = self.states.path("step", self.step)
+        there = due and self.plan.options.states.save_state and state.is_dir()
+        saved = there or self.save_state("step", self.step, early=True)
         if not due:
             self.save_file("step", self.step, epoch)
-        state = self.states.path("step", self.step)
         self.record.end("stop", self.step, state=state.name if saved else None)
         self.accelerator.wait_for_everyone()
         how = f"go on with: {command_to_resume(state)}" if saved else "its state could not be saved"

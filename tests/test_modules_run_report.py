@@ -65,6 +65,17 @@ def test_older_samples_become_pictures_where_the_newest_fill_the_page(reporter, 
     assert [kinds.count(f"data:{kind}") for kind in ("video/mp4", "image/png", "image/jpeg")] == [1, 1, 8]
 
 
+def test_steps_that_were_left_out_and_the_reason_of_an_end_are_told(tmp_path):
+    log = RunLog(log_path(tmp_path, "name"))
+    log.begin()
+    log.write("step", 1, loss=0.5, average=0.5)
+    log.write("step", 2, loss=float("nan"), average=float("nan"), steps_left_out=1)
+    log.write("stop", 2, error="out of <memory>")
+    text = Page(Reporter(log.path).html()).text
+    assert "1 steps whose loss was no finite number" in text and "no number, average no number" in text
+    assert "stopped: out of <memory>" in text
+
+
 def test_a_sample_that_was_deleted_leaves_its_place(reporter):
     (reporter.log.parent / "sample" / "24_0.mp4").unlink()
     page = Page(reporter.html())
