@@ -37,6 +37,8 @@ class DatasetConfig:
     enable_bucket: bool = False
     bucket_no_upscale: bool = False
     control_directory: Path | None = None
+    is_reg: bool = False  # of what the model is to keep as it is, beside what it is to learn
+    prior_weight: float = 1.0  # that the loss of its batches is multiplied by
 
     @property
     def directory(self) -> Path | None:
@@ -113,6 +115,8 @@ def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
         "bucket_no_upscale": config.bucket_no_upscale,
         "has_control": config.control_directory is not None,
     }
+    more = ("is_reg", "prior_weight")
+    entry.update({name: value for name in more if (value := getattr(config, name)) != getattr(DatasetConfig, name)})
     for name in (f"{config.kind}_directory", f"{config.kind}_jsonl_file", "control_directory"):
         if (value := getattr(config, name)) is not None:
             entry[name] = Path(value).name

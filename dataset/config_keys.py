@@ -95,6 +95,12 @@ def _fps(value: Any) -> float:
     return float(value)
 
 
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+        raise vol.Invalid("must be a number greater than 0")
+    return float(value)
+
+
 SHARED = {  # what [general] may say for all
     "resolution": _resolution,
     "caption_extension": _ending,
@@ -103,7 +109,13 @@ SHARED = {  # what [general] may say for all
     "enable_bucket": _flag,
     "bucket_no_upscale": _flag,
 }
-_ONE_DATASET = SHARED | {"cache_directory": _path, "control_directory": _path, "fp_latent_window_size": _whole(1)}
+_ONE_DATASET = SHARED | {
+    "cache_directory": _path,
+    "control_directory": _path,
+    "is_reg": _flag,
+    "prior_weight": _positive,
+    "fp_latent_window_size": _whole(1),
+}
 IMAGE = _ONE_DATASET | {
     "image_directory": _path,
     "image_jsonl_file": _path,

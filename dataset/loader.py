@@ -49,6 +49,7 @@ class Batch:
     latents_control: Tensor | None = None  # [B 16 F H W]
     frame_indices: Tensor | None = None  # [B F]: where in time the latent frames are (one-frame training)
     timesteps: list[float] | None = None  # B numbers in [0, 1) to use in place of uniform random ones
+    weight: float = 1.0  # that its loss is multiplied by
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch with all tensors on a device."""
@@ -158,9 +159,9 @@ class CachedDataset(Dataset):
         epoch, number = divmod(index, len(self))
         if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
-        items, timesteps = self._planned[1][number]
+        config, items, timesteps = self._planned[1][number]
         try:
-            return load_batch(items, timesteps)
+            return replace(load_batch(items, timesteps), weight=config.prior_weight)
         except UserError as error:
             return error
 
@@ -182,7 +183,8 @@ class CachedDataset(Dataset):
         plan = []
         for config, items in zip(self.configs, self.items, strict=True):
             batches = _batches(items, config, generator)
-            plan += zip(batches, self._timesteps(batches, config.batch_size, generator), strict=True)
+            timesteps = self._timesteps(batches, config.batch_size, generator)
+            plan += [(config, *planned) for planned in zip(batches, timesteps, strict=True)]
         generator.shuffle(plan)
         return plan
 
@@ -199,7 +201,7 @@ class CachedDataset(Dataset):
         return [pool[i * batch_size :][: len(batch)] for i, batch in enumerate(batches)]
 
 
-_PlannedBatch = tuple[list[CachedItem], list[float] | None]
+_PlannedBatch = tuple[DatasetConfig, list[CachedItem], list[float] | None]
 
 
 def _batches(items: list[CachedItem], config: DatasetConfig, generator: random.Random) -> list[list[CachedItem]]:

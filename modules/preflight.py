@@ -14,6 +14,7 @@ from modules.checkpoints import check_saving
 from modules.flow_matching import check_timesteps
 from modules.generation import step_of
 from modules.generation_options import RunOptions, SamplingOptions
+from modules.losses import check_loss
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
 from modules.states import State, check_fit, check_states, find_state, position
@@ -70,6 +71,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     _check_numbers(options.training)
     _warn_of_unused(options.precision)
     check_timesteps(options.timesteps)
+    check_loss(options.loss, options.timesteps.weighting_scheme)
     attn_mode = choose_attention(options.attention)
     compiling = options.compiling.resolved()
     check_compile(compiling, device)

@@ -9,6 +9,7 @@ from accelerate.utils import DynamoBackend
 from dataset.config import DatasetOptions
 from modules.checkpoints import MetadataOptions, SavingOptions
 from modules.flow_matching import TimestepOptions
+from modules.losses import LossOptions
 from modules.optimizers import OptimizerOptions
 from modules.samples import SampleOptions
 from modules.states import StateOptions
@@ -132,6 +133,7 @@ class TrainOptions:
     swap: SwapOptions
     attention: AttentionOptions
     timesteps: TimestepOptions
+    loss: LossOptions
     optimizer: OptimizerOptions
     saving: SavingOptions
     metadata: MetadataOptions

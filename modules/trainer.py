@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints
-from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
+from modules.flow_matching import noised, sample_timesteps
 from modules.gradients import average_gradients
+from modules.losses import flow_loss, loss_weights
 from modules.optimizers import make_optimizer, make_schedule
 from modules.prediction import predict
 from modules.preflight import Plan, check
@@ -227,14 +228,15 @@ class Trainer:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, each sample at a noise level of its own."""
-        options, device = self.plan.options.timesteps, self.accelerator.device
+        options, kind, device = self.plan.options.timesteps, self.plan.options.loss, self.accelerator.device
         batch = batch.to(device)
         height, width = batch.latents.shape[-2:]
         t = sample_timesteps(options, len(batch), height, width, self.generator, batch.timesteps).to(device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
         prediction = predict(self.dit, self.plan.config, batch, x_t, t)
-        return flow_loss(prediction, velocity, loss_weights(options.weighting_scheme, t))
+        weights = loss_weights(options.weighting_scheme, t, kind.min_snr_gamma)
+        return batch.weight * flow_loss(prediction, velocity, weights, options=kind)
 
     def optimizer_step(self) -> dict[str, float]:
         """End an optimizer step, which a fused backward pass has done already; return what to log of the result."""

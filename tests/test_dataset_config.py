@@ -76,6 +76,7 @@ def test_an_old_spelling_is_read_as_the_new_one_with_a_warning(tmp_path: Path, c
         ("resolution = [500, 500]", "Use [496, 496] or enable_bucket = true."),
         ("enable_bucket = 1", "line 4: enable_bucket = 1: must be true or false."),
         ("caption_extension = 5", "line 4: caption_extension = 5: must be a text in quotes."),
+        ("prior_weight = 0", "line 4: prior_weight = 0: must be a number greater than 0."),
         ("target_frames = [1]", "line 4: target_frames: belongs in video datasets."),
         ('caption_extension = "a/b"', 'line 4: caption_extension = "a/b": must be the end of a file name'),
         ('cache_directory = "~nobody-here/c"', "begins with ~, but there is no such user"),
