@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dataset.config_file import ConfigFile
-from dataset.config_keys import IMAGE, OLD_SPELLINGS, SHARED, TOP, VIDEO
+from dataset.config_keys import IMAGE, LISTS, OLD_SPELLINGS, SHARED, TOP, VIDEO
 from utils.errors import UserError
 from utils.files import require_file
 from utils.options import option
 
 logger = logging.getLogger(__name__)
+
+OF_TRAINING = ("num_repeats", "is_reg", "prior_weight")  # keys that change nothing where the loss is only measured
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class DatasetConfig:
     kind: ClassVar[str]
 
     where: str  # "data.toml: dataset 1", for messages
+    validation: bool = False  # not trained on: its loss is only measured
     cache_directory: Path
     resolution: tuple[int, int] = (960, 544)  # width, height: the bucket without enable_bucket, else the area aimed at
     caption_extension: str | None = None
@@ -83,7 +86,7 @@ class VideoConfig(DatasetConfig):
 
 
 def load_config(path: Path | str | None, batch_size: int | None = None) -> list[DatasetConfig]:
-    """Return the datasets of a TOML or JSON file; the media themselves are not looked at.
+    """Return the datasets of a TOML or JSON file, those for validation last; the media are not looked at.
 
     batch_size: for datasets that give none. Raises UserError with file, key and value for whatever is wrong.
     """
@@ -93,8 +96,11 @@ def load_config(path: Path | str | None, batch_size: int | None = None) -> list[
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     fallback = {} if batch_size is None else {"batch_size": batch_size}
-    entries = enumerate(file.content["datasets"], 1)
-    configs = [_dataset(file, entry, number, {**fallback, **shared}) for number, entry in entries]
+    configs = [
+        _dataset(file, entry, name, number, {**fallback, **shared})
+        for name in LISTS
+        for number, entry in enumerate(file.content.get(name, []), 1)
+    ]
     _refuse_shared_caches(configs)
     return configs
 
@@ -127,8 +133,11 @@ def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ one dataset
-def _dataset(file: ConfigFile, entry: Mapping[str, Any], number: int, fallback: Mapping[str, Any]) -> DatasetConfig:
-    table = f"[[datasets]] {number}"
+def _dataset(
+    file: ConfigFile, entry: Mapping[str, Any], name: str, number: int, fallback: Mapping[str, Any]
+) -> DatasetConfig:
+    """Return a dataset; name: of the list that its entry stands in."""
+    table = f"[[{name}]] {number}"
     where = f"{file.path}: {table}"
     entry = _translated(file, entry, table)
     # An entry with a picture source is a picture dataset even where a video key has strayed into it.
@@ -154,11 +163,16 @@ def _dataset(file: ConfigFile, entry: Mapping[str, Any], number: int, fallback: 
         _refuse_odd_resolution(file, table, values.get("resolution", DatasetConfig.resolution))
     if not is_video:
         _check_one_frame(file, table, values)
-    if idle := _without_effect(entry, values, is_video):
+    idle = _without_effect(entry, values, is_video)
+    if validation := name == "validation":
+        idle |= {key: "each example is measured once" for key in OF_TRAINING if key in entry}
+        values = {key: value for key, value in values.items() if key not in OF_TRAINING}
+    if idle:
         lines = [f"{file.place(table, key).removeprefix(f'{where}, ')} ({why})" for key, why in idle.items()]
         logger.warning("%s: without effect: %s", where, "; ".join(lines))
     known = {field.name for field in fields(cls)}
-    return cls(where=f"{file.path}: dataset {number}", **{key: values[key] for key in values if key in known})
+    where = f"{file.path}: {'validation' if validation else 'dataset'} {number}"
+    return cls(where=where, validation=validation, **{key: values[key] for key in values if key in known})
 
 
 def _translated(file: ConfigFile, entry: Mapping[str, Any], table: str) -> dict[str, Any]:

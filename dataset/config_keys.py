@@ -141,4 +141,9 @@ OLD_SPELLINGS = {
     "qwen_image_edit_no_resize_control": "no_resize_control",
     "qwen_image_edit_control_resolution": "control_resolution",
 }
-TOP = {vol.Optional("general"): dict, vol.Required("datasets"): vol.All([dict], vol.Length(min=1))}
+LISTS = ("datasets", "validation")  # of what is trained on, and what the loss is only measured on
+TOP = {
+    vol.Optional("general"): dict,
+    vol.Required("datasets"): vol.All([dict], vol.Length(min=1)),
+    vol.Optional("validation"): [dict],
+}

@@ -5,8 +5,9 @@ import logging
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,41 @@ class CachedDataset(Dataset):
                 logger.warning("%s: no training items in %s", config.where, config.cache_directory)
         if not any(self.items):
             folders = ", ".join(str(config.cache_directory) for config in self.configs)
+            aim = "validate" if self.configs[0].validation else "train"
             raise UserError(
-                f"there is nothing to train on in {folders}",
+                f"there is nothing to {aim} on in {folders}",
                 "run wan_cache_latents.py and wan_cache_text_encoder_outputs.py with this dataset file first",
             )
         self._length = len(self._plan(0))
 
     def __len__(self) -> int:
         return self._length
+
+    def choose_media(self, share: float) -> set[str]:
+        """Return the names of this share of the media files, at least one, as the seed and the names decide.
+
+        Not of what the model is only to keep. A name stands for all examples that are cut from files of this name.
+        """
+        pairs = zip(self.configs, self.items, strict=True)
+        names = {media_name(config, item.latents) for config, items in pairs if not config.is_reg for item in items}
+        if len(names) < 2:
+            raise UserError(f"--validation_split {share:g}: there are not two media files to choose from")
+        count = min(max(1, round(share * len(names))), len(names) - 1)
+
+        def chance(name: str) -> bytes:
+            return hashlib.sha256(f"{self.seed} {name}".encode("utf-8", "surrogateescape")).digest()
+
+        return set(sorted(names, key=chance)[:count])
+
+    def hold_out(self, names: Collection[str]) -> list[list[CachedItem]]:
+        """Take the examples of media files of these names out of every epoch, and return them for each dataset."""
+        held = []
+        for number, (config, items) in enumerate(zip(self.configs, self.items, strict=True)):
+            out = [not config.is_reg and media_name(config, item.latents) in names for item in items]
+            held.append(list(compress(items, out)))
+            self.items[number] = [item for item, gone in zip(items, out, strict=True) if not gone]
+        self._length, self._planned = len(self._plan(0)), None
+        return held
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that a sampler goes through next; 0 is the first."""

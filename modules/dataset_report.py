@@ -170,8 +170,10 @@ class Report:
     def totals(self) -> list[str]:
         """Return the sums in a few lines."""
         clips = [clip for each in self.datasets for clip in each.clips]
-        repeated = sum(each.config.num_repeats * len(each.clips) for each in self.datasets)
-        batches = sum(each.batches() for each in self.datasets)
+        trained = [each for each in self.datasets if not each.config.validation]
+        repeated = sum(each.config.num_repeats * len(each.clips) for each in trained)
+        batches = sum(each.batches() for each in trained)
+        measured = sum(len(each.clips) for each in self.datasets if each.config.validation)
         used = sum(1 for each in self.datasets for file in each.files if file.clips)
         lost = sum(self.dropped.values())
         why = ", ".join(f"{files} {reason}" for reason, files in self.dropped.most_common())
@@ -179,6 +181,7 @@ class Report:
         return [
             f"{count(len(clips), 'training example')} of {count(used, 'file')}",
             f"an epoch: {count(batches, 'batch', 'batches')} of {count(repeated, 'example')}, repeats counted",
+            *([f"validation: {count(measured, 'example')}, not trained on"] if measured else []),
             f"left out: {count(lost, 'file')} ({why})" if lost else "no file is left out",
             f"caches: {in_bytes(self.latent_bytes)} of latents, about {in_bytes(self.text_bytes)} of texts",
             f"time: reading took {duration(self.seconds)} here; encoding, by estimate, {duration(encoding)} on an "

@@ -63,7 +63,7 @@ class TimestepOptions:
 
 def check_timesteps(options: TimestepOptions) -> None:
     """Raise UserError for bounds and scales that leave nothing to draw."""
-    low, high = _bounds(options)
+    low, high = bounds(options)
     if not 0 <= low < high <= 1:
         raise UserError(
             f"--min_timestep {low * 1000:g} --max_timestep {high * 1000:g}: no timestep lies between them",
@@ -92,7 +92,7 @@ def sample_timesteps(
     draw = _SAMPLINGS[options.timestep_sampling]
     given = None if uniforms is None else torch.tensor(uniforms, dtype=torch.float32)
     t = draw(options, _uniform(count, generator) if given is None else given, height, width, generator)
-    low, high = _bounds(options)
+    low, high = bounds(options)
     if options.preserve_distribution_shape:
         t = _redrawn(t, low, high, lambda n: draw(options, _uniform(n, generator), height, width, generator))
     else:
@@ -114,7 +114,8 @@ def noised(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - t) * latents + t * noise, noise - latents
 
 
-def _bounds(options: TimestepOptions) -> tuple[float, float]:
+def bounds(options: TimestepOptions) -> tuple[float, float]:
+    """Return between which t the timesteps of training lie."""
     low = 0 if options.min_timestep is None else options.min_timestep
     high = 1000 if options.max_timestep is None else options.max_timestep
     return low / 1000, high / 1000

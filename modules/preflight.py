@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dataset.cache import read_header
-from dataset.config import load_config
+from dataset.config import DatasetConfig, load_config
 from dataset.loader import CachedDataset, CachedItem
 from modules.cache_checks import check_fresh
 from modules.checkpoints import check_saving
@@ -20,6 +20,7 @@ from modules.samples import SamplePlan, plan_samples
 from modules.states import State, check_fit, check_states, find_state, position
 from modules.train_options import AttentionOptions, PrecisionOptions, TrainingOptions, TrainOptions
 from modules.trained import Trained
+from modules.validation import ValidationPlan, check_validation, plan_validation
 from utils.errors import UserError
 from wan.attention import check_attention
 from wan.block_swap import check_swap
@@ -48,6 +49,7 @@ class Plan:
     attn_mode: str
     compiling: CompileOptions
     samples: SamplePlan | None
+    validation: ValidationPlan | None = None
     state: State | None = None  # that the run goes on from
     begun: int = 0  # batches of the next epoch that each process leaves out
 
@@ -59,6 +61,8 @@ class Plan:
             for config, items in zip(self.data.configs, self.data.items, strict=True)
             for item in items
         }
+        if self.validation:
+            sizes |= {(dict(items[0].shapes)["latents"][1:], len(items)) for _, items in self.validation.batches}
         sampled = self.samples.samples if self.samples else ()
         samples = [step_of(each.request, self.config, SamplingOptions()) for each in sampled]
         return [*(Step(grid, batch, 1, *how) for grid, batch in sizes), *samples]
@@ -90,10 +94,12 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         raise UserError("--weights_on_disk: is not available in fine-tuning, whose weights change", "leave it out")
     mixed_precision, dtype = trained.check(options, shape, dit_dtype(options.dit.dit), device, seed)
     check_swap(options.swap, shape.blocks)
-    data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
-    for items in data.items:
-        check_caches(items, config, shape)
-    check_fresh(data, options.training.allow_stale)
+    check_validation(options.validation, datasets)
+    data, measured = (
+        _cached([each for each in datasets if each.validation == held], options, seed, config, shape)
+        for held in (False, True)
+    )
+    validation = plan_validation(options.validation, options.timesteps, data, measured)
     batches = math.ceil(len(data) / processes)
     total_steps, epochs = run_length(options.training, batches)
     begun = 0
@@ -128,9 +134,23 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         attn_mode=attn_mode,
         compiling=compiling,
         samples=samples,
+        validation=validation,
         state=state,
         begun=begun,
     )
+
+
+def _cached(
+    datasets: list[DatasetConfig], options: TrainOptions, seed: int, config: WanConfig, shape: WanShape
+) -> CachedDataset | None:
+    """Return the caches of datasets, known to fit the task, or None where there are no datasets."""
+    if not datasets:
+        return None
+    data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
+    for items in data.items:
+        check_caches(items, config, shape)
+    check_fresh(data, options.training.allow_stale)
+    return data
 
 
 def run_length(training: TrainingOptions, batches: int) -> tuple[int, int]:

@@ -46,6 +46,7 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "timestep_sampling": timesteps.timestep_sampling,
         "sigmoid_scale": timesteps.sigmoid_scale,
         "discrete_flow_shift": timesteps.discrete_flow_shift,
+        **({"validation_split": split} if (split := options.validation.validation_split) else {}),
         "datasets": summary.metadata,
         "sd_model_name": Path(options.dit.dit).name,
         **({"vae_name": Path(options.vae.vae).name} if options.vae.vae else {}),

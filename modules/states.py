@@ -61,6 +61,7 @@ class Progress:
     batches: int = 0  # of the next epoch, on each process
     losses: tuple[float, ...] = ()  # of the last batches, for the average that is shown
     epoch_losses: tuple[float, ...] = ()  # of the batches of the unfinished epoch
+    epoch_bins: tuple[tuple[float, int], ...] = ()  # the sum and number of its errors in each bin of timesteps
     seed: int | None = None
     processes: int = 1
     epoch_batches: int | None = None  # batches of an epoch, of all processes

@@ -13,6 +13,7 @@ from modules.losses import LossOptions
 from modules.optimizers import OptimizerOptions
 from modules.samples import SampleOptions
 from modules.states import StateOptions
+from modules.validation import ValidationOptions
 from utils.options import option
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
@@ -134,6 +135,7 @@ class TrainOptions:
     attention: AttentionOptions
     timesteps: TimestepOptions
     loss: LossOptions
+    validation: ValidationOptions
     optimizer: OptimizerOptions
     saving: SavingOptions
     metadata: MetadataOptions

@@ -20,7 +20,7 @@ from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints
 from modules.flow_matching import noised, sample_timesteps
 from modules.gradients import average_gradients
-from modules.losses import flow_loss, loss_weights
+from modules.losses import flow_loss, loss_weights, sample_errors
 from modules.optimizers import make_optimizer, make_schedule
 from modules.prediction import predict
 from modules.preflight import Plan, check
@@ -29,8 +29,10 @@ from modules.run_metadata import run_metadata
 from modules.samples import Sampler
 from modules.states import Progress, State, States, restore_optimizer, write_state
 from modules.stopping import Stop, command_to_resume
+from modules.timestep_bins import TimestepBins, in_words
 from modules.train_options import TrainOptions
 from modules.trained import Trained
+from modules.validation import Validator
 from utils.devices import default_device, dtype_name, parse_dtype
 from utils.errors import Stopped, UserError
 from wan.auto_swap import AutoSwap, auto_recommended
@@ -141,6 +143,9 @@ class Trainer:
         self.batches = 0  # of the unfinished epoch, on this process
         self.losses: deque[float] = deque(maxlen=len(self.loader))
         self.epoch_losses: list[float] = []  # of the unfinished epoch
+        self.bins = TimestepBins()  # its errors by how noisy the examples were
+        self.errors: tuple[Tensor, Tensor] | None = None  # t of the last batch's examples [B], and their errors [B]
+        self.validator = Validator(plan.validation, plan.config, accelerator) if plan.validation else None
         self.bad_batches = 0  # of this step, those whose loss was no finite number
         self.bad_steps = 0  # the last ones, in a row
         self.stop = Stop()
@@ -151,6 +156,7 @@ class Trainer:
         """Train to the end and save the result."""
         self.log_start()
         if not self.plan.state:
+            self.validate(epoch=0)
             self.sample(epoch=0)
         total, silent = self.plan.total_steps, not self.accelerator.is_main_process
         # Closed also by an error, whose line would else stand at the end of the bar.
@@ -176,6 +182,7 @@ class Trainer:
                 norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
             self.batches += 1
             self.epoch_losses.append(loss.item())
+            self.bins.add(*self.errors)
             self.losses.append(self.epoch_losses[-1])
             average = sum(self.losses) / len(self.losses)
             progress.set_postfix(avr_loss=average, **norms)
@@ -189,9 +196,11 @@ class Trainer:
             if self.step >= self.plan.total_steps:
                 break
         if self.epoch_losses:
-            self.log({"loss/epoch": sum(self.epoch_losses) / len(self.epoch_losses)}, epoch + 1)
+            means = self.bins.means("loss/epoch/")
+            self.log({"loss/epoch": sum(self.epoch_losses) / len(self.epoch_losses), **means}, epoch + 1)
+            logger.info("epoch %d: loss by timestep: %s", epoch + 1, in_words(means))
         if self.batches == len(self.loader):
-            self.epochs, self.batches, self.epoch_losses = epoch + 1, 0, []
+            self.epochs, self.batches, self.epoch_losses, self.bins = epoch + 1, 0, [], TimestepBins()
         self.after_epoch(epoch + 1)
 
     def gradients(self, batch: Batch) -> Tensor:
@@ -235,6 +244,7 @@ class Trainer:
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
         prediction = predict(self.dit, self.plan.config, batch, x_t, t)
+        self.errors = t, sample_errors(prediction, velocity)
         weights = loss_weights(options.weighting_scheme, t, kind.min_snr_gamma)
         return batch.weight * flow_loss(prediction, velocity, weights, options=kind)
 
@@ -318,6 +328,7 @@ class Trainer:
             batches=self.batches,
             losses=tuple(self.losses),
             epoch_losses=tuple(self.epoch_losses),
+            epoch_bins=self.bins.pairs(),
             seed=self.plan.seed,
             processes=self.accelerator.num_processes,
             epoch_batches=len(self.plan.data),
@@ -340,7 +351,7 @@ class Trainer:
                 generator.set_state(saved[f"{rank}/{name}"])
         self.step, self.epochs, self.batches = progress.step, progress.epoch, self.plan.begun
         self.losses.extend(progress.losses)
-        self.epoch_losses = list(progress.epoch_losses)
+        self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
         self.states.written.update(name for name in progress.written if name.endswith("-state"))
         self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
         logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
@@ -373,6 +384,7 @@ class Trainer:
         if every and self.step % every == 0 and self.accelerator.is_main_process:
             with self.averaged():
                 self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        self.validate()
         self.sample()
         if every and self.step % every == 0 and self.plan.options.states.save_state:
             self.save_state(self.states.at_step(self.step))
@@ -380,6 +392,7 @@ class Trainer:
                 self.states.rotate_steps(self.step)
 
     def after_epoch(self, epoch: int) -> None:
+        self.validate(epoch)
         every = self.plan.options.saving.save_every_n_epochs
         if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
             with self.averaged():
@@ -389,6 +402,12 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.states.rotate_epochs(epoch)
         self.sample(epoch)
+
+    def validate(self, epoch: int | None = None) -> None:
+        """Measure the validation loss if that is due; epoch: as for sample()."""
+        if self.validator and self.validator.due(self.step, epoch, self.step >= self.plan.total_steps):
+            with self.averaged():
+                self.log(self.validator.measure(self.dit, self.module, self.step), self.step)
 
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
