@@ -14,7 +14,8 @@ from utils.options import option
 
 logger = logging.getLogger(__name__)
 
-OF_TRAINING = ("num_repeats", "is_reg", "prior_weight")  # keys that change nothing where the loss is only measured
+# Keys that change nothing where the loss is only measured.
+OF_TRAINING = ("num_repeats", "caption_dropout", "is_reg", "prior_weight")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class DatasetConfig:
     cache_directory: Path
     resolution: tuple[int, int] = (960, 544)  # width, height: the bucket without enable_bucket, else the area aimed at
     caption_extension: str | None = None
+    caption_prefix: str = ""  # that every caption begins with
+    caption_dropout: float = 0.0  # probability of no text in place of a caption
+    multiple_captions: bool = False  # each line of a caption file is one; training draws one each time
     batch_size: int = 1
     num_repeats: int = 1
     enable_bucket: bool = False
@@ -121,7 +125,7 @@ def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
         "bucket_no_upscale": config.bucket_no_upscale,
         "has_control": config.control_directory is not None,
     }
-    more = ("is_reg", "prior_weight")
+    more = ("caption_prefix", "caption_dropout", "multiple_captions", "is_reg", "prior_weight")
     entry.update({name: value for name in more if (value := getattr(config, name)) != getattr(DatasetConfig, name)})
     for name in (f"{config.kind}_directory", f"{config.kind}_jsonl_file", "control_directory"):
         if (value := getattr(config, name)) is not None:
@@ -237,6 +241,7 @@ def _without_effect(entry: Mapping[str, Any], values: Mapping[str, Any], is_vide
             idle["no_resize_control"] = idle["control_resolution"] = "there is no control_directory"
     else:
         idle["caption_extension"] = "captions stand in the JSONL file"
+        idle["multiple_captions"] = "a JSONL line lists them as captions"
         idle["control_directory"] = "in a JSONL file each line names its control_path"
     idle["multiple_target"] = "Wan makes one picture; each of the pictures is an example"
     idle["fp_latent_window_size"] = idle["fp_1f_no_post"] = "FramePack's, not Wan's"

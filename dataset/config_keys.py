@@ -95,6 +95,18 @@ def _fps(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise vol.Invalid("must be a number from 0 to 1")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise vol.Invalid("must be a text in quotes")
+    return value
+
+
 def _positive(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
         raise vol.Invalid("must be a number greater than 0")
@@ -104,6 +116,9 @@ def _positive(value: Any) -> float:
 SHARED = {  # what [general] may say for all
     "resolution": _resolution,
     "caption_extension": _ending,
+    "caption_prefix": _text,
+    "caption_dropout": _share,
+    "multiple_captions": _flag,
     "batch_size": _whole(1),
     "num_repeats": _whole(1),
     "enable_bucket": _flag,

@@ -15,9 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.cache import CacheHeader, latent_files, media_name, read_header, read_tensors, text_path
+from dataset.cache import (
+    CacheHeader,
+    extra_text_path,
+    latent_files,
+    media_name,
+    more_text_paths,
+    read_header,
+    read_tensors,
+    text_path,
+)
+from dataset.captions import EMPTY, drawn_text
 from dataset.config import DatasetConfig, dataset_metadata
 from utils.errors import UserError
+from utils.identity import seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +43,7 @@ class CachedItem:
     text: Path
     shapes: Shapes  # (name in a batch, shape) of the tensors beside the latents' file, sorted: the bucket
     caption: str | None = None  # that the text was cached for, where its file tells
+    more_texts: tuple[Path, ...] = ()  # of which one may be drawn instead of the text
 
     @property
     def names(self) -> frozenset[str]:
@@ -85,19 +97,34 @@ class DatasetSummary:
 def find_cached(config: DatasetConfig) -> tuple[list[CachedItem], list[Path]]:
     """Return the training examples in a dataset's cache folder, and the latent caches that have no text cache.
 
-    Both are sorted by file name. Damaged and foreign files are left out with a warning.
+    Both are sorted by file name. Damaged and foreign files are left out with a warning. Raises UserError where a text
+    is missing that may be drawn in place of an example's own.
     """
     items, without_text = [], []
     texts: dict[Path, CacheHeader | None] = {}
-    for path in latent_files(config):
-        text = text_path(config, media_name(config, path))
+
+    def header_of(text: Path) -> CacheHeader | None:
         if text not in texts:
             texts[text] = _header(text, "t5") if text.is_file() else None
-        if (of_text := texts[text]) is None:
+        return texts[text]
+
+    for path in latent_files(config):
+        text = text_path(config, media_name(config, path))
+        if (of_text := header_of(text)) is None:
             without_text.append(path)
         elif header := _header(path, "latents"):
             shapes = tuple(sorted(header.by_batch_name().items()))
-            items.append(CachedItem(path, text, shapes, of_text.metadata.get("caption1")))
+            more = more_text_paths(config, of_text)
+            items.append(CachedItem(path, text, shapes, of_text.metadata.get("caption1"), more))
+    needed = {text: "another caption of an example" for item in items for text in item.more_texts}
+    if items and config.caption_dropout:
+        needed[extra_text_path(config, EMPTY)] = "the empty text that caption_dropout needs"
+    for text, what in needed.items():
+        if header_of(text) is None:
+            raise UserError(
+                f"{config.where}: {what} is not cached: {text} is missing or damaged",
+                "run wan_cache_text_encoder_outputs.py with --skip_existing",
+            )
     return items, without_text
 
 
@@ -154,11 +181,7 @@ class CachedDataset(Dataset):
         if len(names) < 2:
             raise UserError(f"--validation_split {share:g}: there are not two media files to choose from")
         count = min(max(1, round(share * len(names))), len(names) - 1)
-
-        def chance(name: str) -> bytes:
-            return hashlib.sha256(f"{self.seed} {name}".encode("utf-8", "surrogateescape")).digest()
-
-        return set(sorted(names, key=chance)[:count])
+        return set(sorted(names, key=lambda name: seed_of(f"{self.seed} {name}"))[:count])
 
     def hold_out(self, names: Collection[str]) -> list[list[CachedItem]]:
         """Take the examples of media files of these names out of every epoch, and return them for each dataset."""
@@ -210,11 +233,26 @@ class CachedDataset(Dataset):
         generator = random.Random(f"{self.seed} {epoch}")
         plan = []
         for config, items in zip(self.configs, self.items, strict=True):
-            batches = _batches(items, config, generator)
+            batches = self._with_drawn_texts(_batches(items, config, generator), config, epoch)
             timesteps = self._timesteps(batches, config.batch_size, generator)
             plan += [(config, *planned) for planned in zip(batches, timesteps, strict=True)]
         generator.shuffle(plan)
         return plan
+
+    def _with_drawn_texts(
+        self, batches: list[list[CachedItem]], config: DatasetConfig, epoch: int
+    ) -> list[list[CachedItem]]:
+        """Return an epoch's batches, each example with the text that is drawn for it where there is a choice."""
+        if not config.caption_dropout and not any(item.more_texts for batch in batches for item in batch):
+            return batches
+        times: Counter = Counter()
+
+        def drawn(item: CachedItem) -> CachedItem:
+            times[item.latents] += 1
+            occasion = f"{self.seed} {epoch} {item.latents.name} {times[item.latents]}"
+            return replace(item, text=drawn_text(config, (item.text, *item.more_texts), occasion))
+
+        return [list(map(drawn, batch)) for batch in batches]
 
     def _timesteps(
         self, batches: list[list[CachedItem]], batch_size: int, generator: random.Random

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset.cache import latent_path
+from dataset.captions import texts_of
 from dataset.config import DatasetConfig, VideoConfig
 from dataset.items import DatasetItem, Source, find_sources, uncaptioned
 from dataset.media import (
@@ -230,7 +231,11 @@ def examine(
     return Report(
         datasets=tuple(reports),
         encoded=sum(_encoded_pixels(clip.item, controls, names) for clip, controls in clips),
-        text_bytes=sum(_text_bytes(source.caption) for _, source in jobs),
+        text_bytes=sum(
+            _text_bytes(of.caption)
+            for config in configs
+            for of in texts_of(config, [source for its, source in jobs if its is config])
+        ),
         seconds=seconds,
     )
 
@@ -243,7 +248,7 @@ def _examine_file(
     thumbnails: bool,
     images: Sequence[str],
 ) -> FileReport:
-    file: dict[str, Any] = {"path": source.path, "caption": source.caption}
+    file: dict[str, Any] = {"path": source.path, "caption": "\n".join((source.caption, *source.more_captions))}
     notes = [] if source.caption else ["the caption is empty"]
     try:
         if isinstance(config, VideoConfig):

@@ -1,6 +1,5 @@
 """The loss of examples that are not trained on, with the same noise at the same noise levels every time."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from modules.losses import sample_errors
 from modules.prediction import predict
 from modules.timestep_bins import TimestepBins, in_words
 from utils.errors import UserError
+from utils.identity import seed_of
 from utils.options import option
 from wan.configs import WanConfig
 
@@ -155,6 +155,5 @@ class Validator:
 
 def fixed_noise(item: CachedItem, level: int, shape: Sequence[int]) -> Tensor:
     """Return noise that only the example's name and the number of the noise level decide, whatever the seed."""
-    name = f"{item.latents.name} {level}".encode("utf-8", "surrogateescape")
-    seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed_of(f"{item.latents.name} {level}"))
+    return torch.randn(*shape, generator=generator)
