@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataset.config import DatasetConfig
 from dataset.items import VIDEO_SUFFIXES, DatasetItem, Source, Text
+from dataset.masks import is_masked
 from dataset.provenance import (
     Making,
     caption_hash,
@@ -110,8 +111,8 @@ def write_latents(
     """Write the latents of one training example and return the file.
 
     tensors: latents [16 f h w] and, as the model needs them, latents_image [20 f h w], latents_control [16 f h w],
-    stored in `dtype`; clip [257 D] or [N 257 D], stored in float16; f_indices [f], in int32. making: how they were
-    made, for the metadata; None for a file that does not tell, as musubi-tuner's.
+    stored in `dtype`; latents_mask [1 f h w], in float32; clip [257 D] or [N 257 D], in float16; f_indices [f], in
+    int32. making: how they were made, for the metadata; None for a file that does not tell, as musubi-tuner's.
     """
     path = latent_path(config, item)
     _existing(path, item.source)  # raises where the file is another model's
@@ -122,6 +123,8 @@ def write_latents(
         tensor = _finite(tensor, name, path)
         if name == "f_indices":
             stored[f"{name}_int32"] = tensor.to("cpu", torch.int32)
+        elif name == "latents_mask":
+            stored[f"{name}_{shape}_float32"] = tensor.to("cpu", torch.float32)
         elif name == "clip":
             # The key names the latents' dtype although the features are float16: musubi-tuner's files are so.
             stored[f"clip_{suffix}"] = tensor.to("cpu", torch.float16)
@@ -241,6 +244,8 @@ def why_remake_latents(
         return f"in {dtype_name(stored)}"
     if shapes["latents"][-2:] != (item.height // 8, item.width // 8):
         return "of another resolution"
+    if "latents_mask" in shapes and "latents_mask" not in names and is_masked(config) is None:
+        return "with a mask"  # that training would take
     if "f_indices" in shapes and "f_indices" not in names:
         return "of one-frame training"
     if shapes["latents"][1:-2] != (len(config.frame_indices) if "f_indices" in names else (item.frames + 3) // 4,):

@@ -44,6 +44,8 @@ class DatasetConfig:
     enable_bucket: bool = False
     bucket_no_upscale: bool = False
     control_directory: Path | None = None
+    mask_directory: Path | None = None  # white counts in the loss, black does not
+    mask_min_weight: float = 0.0  # that black has all the same
     is_reg: bool = False  # of what the model is to keep as it is, beside what it is to learn
     prior_weight: float = 1.0  # that the loss of its batches is multiplied by
 
@@ -66,6 +68,7 @@ class ImageConfig(DatasetConfig):
     image_jsonl_file: Path | None = None
     fp_1f_clean_indices: tuple[int, ...] | None = None  # one-frame: the latent frames of the control pictures
     fp_1f_target_index: int | None = None  # one-frame: the latent frame of the picture itself
+    alpha_mask: bool = False  # what a picture's alpha channel hides does not count in the loss
     no_resize_control: bool = False  # control pictures are cut to multiples of 16, but not scaled
     control_resolution: tuple[int, int] | None = None  # width, height: the area of control pictures
 
@@ -125,9 +128,11 @@ def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
         "bucket_no_upscale": config.bucket_no_upscale,
         "has_control": config.control_directory is not None,
     }
-    more = ("caption_prefix", "caption_dropout", "multiple_captions", "is_reg", "prior_weight")
+    more = ("caption_prefix", "caption_dropout", "multiple_captions", "mask_min_weight", "is_reg", "prior_weight")
     entry.update({name: value for name in more if (value := getattr(config, name)) != getattr(DatasetConfig, name)})
-    for name in (f"{config.kind}_directory", f"{config.kind}_jsonl_file", "control_directory"):
+    if getattr(config, "alpha_mask", False):
+        entry["alpha_mask"] = True
+    for name in (f"{config.kind}_directory", f"{config.kind}_jsonl_file", "control_directory", "mask_directory"):
         if (value := getattr(config, name)) is not None:
             entry[name] = Path(value).name
     if isinstance(config, VideoConfig):
@@ -243,6 +248,7 @@ def _without_effect(entry: Mapping[str, Any], values: Mapping[str, Any], is_vide
         idle["caption_extension"] = "captions stand in the JSONL file"
         idle["multiple_captions"] = "a JSONL line lists them as captions"
         idle["control_directory"] = "in a JSONL file each line names its control_path"
+        idle["mask_directory"] = "in a JSONL file each line names its mask_path"
     idle["multiple_target"] = "Wan makes one picture; each of the pictures is an example"
     idle["fp_latent_window_size"] = idle["fp_1f_no_post"] = "FramePack's, not Wan's"
     return {key: why for key, why in idle.items() if entry.get(key) not in (None, False)}

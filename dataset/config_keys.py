@@ -127,6 +127,8 @@ SHARED = {  # what [general] may say for all
 _ONE_DATASET = SHARED | {
     "cache_directory": _path,
     "control_directory": _path,
+    "mask_directory": _path,
+    "mask_min_weight": _share,
     "is_reg": _flag,
     "prior_weight": _positive,
     "fp_latent_window_size": _whole(1),
@@ -138,6 +140,7 @@ IMAGE = _ONE_DATASET | {
     "fp_1f_target_index": _whole(0),
     "fp_1f_no_post": _flag,
     "multiple_target": _flag,
+    "alpha_mask": _flag,
     "no_resize_control": _flag,
     "control_resolution": _resolution,
 }

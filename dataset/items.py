@@ -30,6 +30,8 @@ class Source:
     is_video: bool
     controls: tuple[Path, ...] = ()  # pictures, or one video, that steer the generation
     more_captions: tuple[str, ...] = ()  # of which training may draw one instead
+    masked: bool = False  # a mask is cached beside its latents
+    mask: Path | None = None  # a picture, or a video or folder of pictures; None: its alpha channel, or all counts
 
     @property
     def name(self) -> str:
@@ -82,6 +84,7 @@ def find_sources(config: DatasetConfig) -> list[Source]:
         for path, caption in captioned.items():
             first, *more = _read_captions(caption, config)
             sources.append(Source(path, first, is_video, controls.get(path, ()), tuple(more)))
+        sources = _with_masks(sources, config)
     _refuse_equal_names(sources, config)
     return sources
 
@@ -211,6 +214,36 @@ def _controls_needed(config: DatasetConfig) -> int:
     return len(getattr(config, "fp_1f_clean_indices", None) or (0,))
 
 
+def _with_masks(sources: list[Source], config: DatasetConfig) -> list[Source]:
+    """Return the media files with the masks NAME.* of the dataset's mask_directory; those without one count wholly."""
+    found: dict[str, Path] = {}
+    if config.mask_directory is not None:
+        folder = _require_folder(config.mask_directory, config, "mask_directory")
+        suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) if config.kind == "video" else IMAGE_SUFFIXES
+        found = {path.stem: path for path in media_in(folder, suffixes)}
+        if config.kind == "video":
+            found |= {path.name: path for path in folder.iterdir() if path.is_dir()}
+    sources = [replace(source, mask=found.get(source.name)) for source in sources]
+    return _marked(sources, config, f"in {config.mask_directory}")
+
+
+def _marked(sources: list[Source], config: DatasetConfig, where: str) -> list[Source]:
+    """Return the media files of a dataset that has masks marked as such; one without its own is named in a warning."""
+    alpha = getattr(config, "alpha_mask", False)
+    without = [source.path for source in sources if source.mask is None]
+    if len(without) == len(sources) and not alpha:
+        if config.mask_directory is None or config.jsonl_file:
+            return sources
+        raise UserError(
+            f"{config.where}: none of the {len(sources)} {config.kind}s has a mask {where}",
+            f"call that of {without[0].name} {without[0].stem}.png, for example",
+        )
+    if without and not alpha:
+        counted = f"{len(without)}, the first {without[0]}"
+        logger.warning("%s: files without a mask %s, of which all counts: %s", config.where, where, counted)
+    return [replace(source, masked=True) for source in sources]
+
+
 def captions_now(config: DatasetConfig, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the captions of media files by their names, as far as the caption files or the JSONL file are there.
 
@@ -248,7 +281,8 @@ def _from_jsonl(config: DatasetConfig) -> list[Source]:
     _check_counts(sources, config)
     _warn_of_typos(records, config)
     needed = _controls_needed(config)
-    return [replace(source, controls=source.controls[:needed]) for source in sources.values()]
+    cut = [replace(source, controls=source.controls[:needed]) for source in sources.values()]
+    return _marked(cut, config, f"in {path}")
 
 
 def _record(line: str, place: str, config: DatasetConfig) -> dict[str, Any]:
@@ -290,6 +324,7 @@ def _from_record(record: dict[str, Any], place: str, config: DatasetConfig) -> S
         is_video=config.kind == "video",
         controls=tuple(_located(record, key, place, config) for key in controls),
         more_captions=tuple(more),
+        mask=_located(record, "mask_path", place, config) if "mask_path" in record else None,
     )
 
 
@@ -308,7 +343,7 @@ _CONTROL_KEY = r"control_path(?:_(\d+))?"
 
 def _warn_of_typos(records: dict[str, dict[str, Any]], config: DatasetConfig) -> None:
     """Name keys that are not read and look like one that is, each once; other keys are the user's own affair."""
-    known = [f"{config.kind}_path", "caption", "captions", "control_path"]
+    known = [f"{config.kind}_path", "caption", "captions", "control_path", "mask_path"]
     numbered = r"image_path_\d+|" + _CONTROL_KEY
     strange: dict[str, str] = {}
     for place, record in records.items():

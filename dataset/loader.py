@@ -27,6 +27,7 @@ from dataset.cache import (
 )
 from dataset.captions import EMPTY, drawn_text
 from dataset.config import DatasetConfig, dataset_metadata
+from dataset.masks import is_masked, weights_of
 from utils.errors import UserError
 from utils.identity import seed_of
 
@@ -47,7 +48,7 @@ class CachedItem:
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors there are: latents, and maybe latents_image, latents_control, clip, f_indices."""
+        """The tensors there are: latents, and maybe latents_image, latents_control, latents_mask, clip, f_indices."""
         return frozenset(name for name, _ in self.shapes)
 
 
@@ -62,6 +63,7 @@ class Batch:
     latents_control: Tensor | None = None  # [B 16 F H W]
     frame_indices: Tensor | None = None  # [B F]: where in time the latent frames are (one-frame training)
     timesteps: list[float] | None = None  # B numbers in [0, 1) to use in place of uniform random ones
+    mask: Tensor | None = None  # [B 1 F H W] in [0, 1]: how much each place counts in the loss; None: all the same
     weight: float = 1.0  # that its loss is multiplied by
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -98,7 +100,7 @@ def find_cached(config: DatasetConfig) -> tuple[list[CachedItem], list[Path]]:
     """Return the training examples in a dataset's cache folder, and the latent caches that have no text cache.
 
     Both are sorted by file name. Damaged and foreign files are left out with a warning. Raises UserError where a text
-    is missing that may be drawn in place of an example's own.
+    is missing that may be drawn in place of an example's own, or a mask that the dataset file asks for.
     """
     items, without_text = [], []
     texts: dict[Path, CacheHeader | None] = {}
@@ -114,8 +116,17 @@ def find_cached(config: DatasetConfig) -> tuple[list[CachedItem], list[Path]]:
             without_text.append(path)
         elif header := _header(path, "latents"):
             shapes = tuple(sorted(header.by_batch_name().items()))
+            if is_masked(config) is False:
+                shapes = tuple(pair for pair in shapes if pair[0] != "latents_mask")
             more = more_text_paths(config, of_text)
             items.append(CachedItem(path, text, shapes, of_text.metadata.get("caption1"), more))
+    without = [item for item in items if "latents_mask" not in item.names] if is_masked(config) else []
+    if without:
+        counted = f"{len(without):,} of {len(items):,} caches, e.g. {without[0].latents}"
+        key = "mask_directory" if config.mask_directory else "alpha_mask"
+        raise UserError(
+            f"{config.where}: {key}: no mask is in {counted}", "run wan_cache_latents.py with --skip_existing again"
+        )
     needed = {text: "another caption of an example" for item in items for text in item.more_texts}
     if items and config.caption_dropout:
         needed[extra_text_path(config, EMPTY)] = "the empty text that caption_dropout needs"
@@ -212,7 +223,7 @@ class CachedDataset(Dataset):
             self._planned = epoch, self._plan(epoch)
         config, items, timesteps = self._planned[1][number]
         try:
-            return replace(load_batch(items, timesteps), weight=config.prior_weight)
+            return load_batch(items, config, timesteps)
         except UserError as error:
             return error
 
@@ -283,10 +294,10 @@ def _batches(items: list[CachedItem], config: DatasetConfig, generator: random.R
     return batches
 
 
-def load_batch(items: Sequence[CachedItem], timesteps: list[float] | None = None) -> Batch:
-    """Return the cached tensors of items of one shape as a batch."""
+def load_batch(items: Sequence[CachedItem], config: DatasetConfig, timesteps: list[float] | None = None) -> Batch:
+    """Return the cached tensors of a dataset's items, which are of one shape, as a batch."""
     cached = [read_tensors(item.latents) for item in items]
-    stacked = {name: torch.stack([tensors[name] for tensors in cached]) for name in cached[0]}
+    stacked = {name: torch.stack([tensors[name] for tensors in cached]) for name in items[0].names}
     clip = stacked.get("clip")
     if clip is not None and clip.dim() == 4 and clip.shape[1] == 1:
         clip = clip[:, 0]  # one-frame caches count their images even when there is one
@@ -298,6 +309,8 @@ def load_batch(items: Sequence[CachedItem], timesteps: list[float] | None = None
         latents_control=stacked.get("latents_control"),
         frame_indices=stacked.get("f_indices"),
         timesteps=timesteps,
+        mask=weights_of(stacked["latents_mask"], config) if "latents_mask" in stacked else None,
+        weight=config.prior_weight,
     )
 
 

@@ -178,6 +178,8 @@ def _clip_html(clip: ClipReport) -> str:
     if item.frames > 1:
         pictures["last frame"] = clip.last
     pictures |= {f"control {number}": control for number, control in enumerate(clip.controls, 1)}
+    if clip.mask:
+        pictures["mask"] = clip.mask
     shown = "".join(
         f'<img alt="{name}" title="{name}" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}">'
         for name, picture in pictures.items()

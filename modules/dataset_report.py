@@ -67,6 +67,7 @@ class ClipReport:
     first: bytes = b""  # its first frame as a small JPEG, and its last; empty unless asked for
     last: bytes = b""
     controls: tuple[bytes, ...] = ()  # the first frame of each
+    mask: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,8 @@ def _examine_file(
 ) -> FileReport:
     file: dict[str, Any] = {"path": source.path, "caption": "\n".join((source.caption, *source.more_captions))}
     notes = [] if source.caption else ["the caption is empty"]
+    if source.masked and source.mask is None and not getattr(config, "alpha_mask", False):
+        notes.append("no mask: all of it counts")
     try:
         if isinstance(config, VideoConfig):
             facts = probe_video(source.path)
@@ -319,11 +322,13 @@ def _clip_report(
     item = clip.item
     pictures = [clip.pixels[0], clip.pixels[-1], *(control[0] for control in clip.controls)] if thumbnails else []
     first, last, *controls = map(_thumbnail, pictures) if thumbnails else (b"", b"")
+    mask = _thumbnail(clip.mask[0]) if thumbnails and clip.mask is not None else b""
     size = _latent_bytes(item, len(clip.controls), names, dtype, shown)
-    return ClipReport(item, latent_path(config, item), size, first, last, tuple(controls))
+    return ClipReport(item, latent_path(config, item), size, first, last, tuple(controls), mask)
 
 
 def _thumbnail(frame: np.ndarray) -> bytes:
+    """Return a frame uint8 [H W 3], or a mask [H W], as a small JPEG."""
     height, width = frame.shape[:2]
     scale = min(1, THUMBNAIL / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -339,7 +344,8 @@ def _latent_bytes(item: DatasetItem, controls: int, names: Sequence[str], dtype:
     channels = 16 + (20 if "latents_image" in names else 0) + (16 if controls and not one_frame else 0)
     latents = channels * frames * (item.height // 8) * (item.width // 8) * dtype.itemsize
     features = 257 * 1280 * 2 * (controls if one_frame else shown) if "clip" in names else 0
-    return latents + features + (4 * frames if one_frame else 0) + HEADER
+    mask = 4 * frames * (item.height // 8) * (item.width // 8) * item.source.masked
+    return latents + mask + features + (4 * frames if one_frame else 0) + HEADER
 
 
 def _text_bytes(caption: str) -> int:

@@ -244,9 +244,9 @@ class Trainer:
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
         prediction = predict(self.dit, self.plan.config, batch, x_t, t)
-        self.errors = t, sample_errors(prediction, velocity)
+        self.errors = t, sample_errors(prediction, velocity, batch.mask)
         weights = loss_weights(options.weighting_scheme, t, kind.min_snr_gamma)
-        return batch.weight * flow_loss(prediction, velocity, weights, options=kind)
+        return batch.weight * flow_loss(prediction, velocity, weights, batch.mask, kind)
 
     def optimizer_step(self) -> dict[str, float]:
         """End an optimizer step, which a fused backward pass has done already; return what to log of the result."""

@@ -146,11 +146,11 @@ class Validator:
     ) -> tuple[Tensor, Tensor]:
         """Return t and the error of each example [B] at a noise level."""
         device = self.accelerator.device
-        batch = load_batch(items).to(device)
+        batch = load_batch(items, config).to(device)
         noise = torch.stack([fixed_noise(item, level, batch.latents.shape[1:]) for item in items]).to(device)
         t = torch.full((len(items),), self.plan.levels[level], device=device)
         x_t, velocity = noised(batch.latents, noise, t)
-        return t, sample_errors(predict(dit, self.config, batch, x_t, t), velocity)
+        return t, sample_errors(predict(dit, self.config, batch, x_t, t), velocity, batch.mask)
 
 
 def fixed_noise(item: CachedItem, level: int, shape: Sequence[int]) -> Tensor:

@@ -1,14 +1,18 @@
 """The loss of a predicted velocity, against formulas written otherwise."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
+from dataset.config import load_config
 from modules.losses import LossOptions, check_loss, flow_loss, loss_weights, sample_errors
 from tests.test_modules_trainer import trainer  # noqa: F401
 from utils.errors import UserError
+from utils.safetensors_io import read_metadata
 
 HUBER = LossOptions(loss="huber", huber_delta=0.7)
 
@@ -112,3 +116,32 @@ def test_a_lora_learns_by_the_loss_and_weights_asked_for_and_its_file_tells(trai
         expected = {"--loss": ("huber", "0.3", None), "--weig": (None, None, "2.0")}.get(more[:6], (None, None, None))
         assert tuple(told.values()) == expected
     assert len(set(losses.values())) == 3
+
+
+def test_a_run_with_masks_of_ones_is_the_run_without_and_others_learn_something_else(trainer, dataset, tmp_path):  # noqa: F811
+    (first, *_) = load_config(dataset)
+    shutil.copytree(first.cache_directory, tmp_path / "cache")
+    text = dataset.read_text().split("[[datasets]]")[:2]
+    (tmp_path / "plain.toml").write_text("[[datasets]]".join(text))
+    masked = text[1].replace(first.cache_directory.as_posix(), (tmp_path / "cache").as_posix())
+    (tmp_path / "masked.toml").write_text(f"{text[0]}[[datasets]]\nalpha_mask = true{masked}")
+
+    def losses(name: str) -> list[float]:
+        run = trainer(f"--max_train_steps 2 --learning_rate 1e-3 --dataset_config {tmp_path / name}")
+        run.run()
+        return list(run.losses)
+
+    def write_masks(value: float) -> None:
+        for path in (tmp_path / "cache").glob("*_wan.safetensors"):
+            tensors = {key: tensor for key, tensor in load_file(path).items() if "mask" not in key}
+            key, latents = next((key, tensor) for key, tensor in tensors.items() if key.startswith("latents_"))
+            mask = torch.ones(1, *latents.shape[1:])
+            mask[..., 0] = value
+            tensors[f"latents_mask_{key.split('_')[1]}_float32"] = mask
+            save_file(tensors, path, read_metadata(path))
+
+    write_masks(1.0)
+    plain = losses("plain.toml")
+    assert losses("masked.toml") == plain
+    write_masks(0.0)
+    assert losses("masked.toml") != plain
