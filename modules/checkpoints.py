@@ -97,7 +97,7 @@ def check_saving(
 def _is_of(name: str, path: Path) -> bool:
     """Tell whether a file, or a state, has a name that a run called `name` writes."""
     ending = path.name.removeprefix(name)
-    return path.name.startswith(name) and bool(re.fullmatch(r"(-\d+|-step\d+|)(-state|\.safetensors)", ending))
+    return path.name.startswith(name) and bool(re.fullmatch(r"(-\d+|-step\d+|)(-state|(_ema)?\.safetensors)", ending))
 
 
 @dataclass
@@ -110,6 +110,7 @@ class Checkpoints:
     dtype: torch.dtype = torch.float32  # of the tensors, where the options ask for no other
     hashed: bool = True  # with hashes of the tensors, for which all of them are copied in memory
     written: set[str] = field(default_factory=set)  # names; only what this run wrote is ever deleted
+    suffix: str = ""  # of the names
 
     def save_step(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
         """Save after an optimizer step; epoch: how many are complete."""
@@ -131,7 +132,7 @@ class Checkpoints:
         return self._save(tensors, "", step, epoch)
 
     def _path(self, ending: str) -> Path:
-        return self.options.output_dir / f"{self.options.output_name}{ending}.safetensors"
+        return self.options.output_dir / f"{self.options.output_name}{ending}{self.suffix}.safetensors"
 
     def _save(self, tensors: Mapping[str, Tensor], ending: str, step: int, epoch: int) -> Path:
         precision = self.options.save_precision

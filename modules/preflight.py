@@ -11,6 +11,7 @@ from dataset.config import DatasetConfig, load_config
 from dataset.loader import CachedDataset, CachedItem
 from modules.cache_checks import check_fresh
 from modules.checkpoints import check_saving
+from modules.ema import check_ema
 from modules.flow_matching import check_timesteps
 from modules.generation import step_of
 from modules.generation_options import RunOptions, SamplingOptions
@@ -75,6 +76,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     _check_numbers(options.training)
     _warn_of_unused(options.precision)
     check_timesteps(options.timesteps)
+    check_ema(options.ema, trained.beside)
     check_loss(options.loss, options.timesteps.weighting_scheme)
     attn_mode = choose_attention(options.attention)
     compiling = options.compiling.resolved()

@@ -8,6 +8,7 @@ from accelerate.utils import DynamoBackend
 
 from dataset.config import DatasetOptions
 from modules.checkpoints import MetadataOptions, SavingOptions
+from modules.ema import EmaOptions
 from modules.flow_matching import TimestepOptions
 from modules.losses import LossOptions
 from modules.optimizers import OptimizerOptions
@@ -136,6 +137,7 @@ class TrainOptions:
     timesteps: TimestepOptions
     loss: LossOptions
     validation: ValidationOptions
+    ema: EmaOptions
     optimizer: OptimizerOptions
     saving: SavingOptions
     metadata: MetadataOptions

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints
+from modules.ema import Average
 from modules.flow_matching import noised, sample_timesteps
 from modules.gradients import average_gradients
 from modules.losses import flow_loss, loss_weights, sample_errors
@@ -134,6 +136,11 @@ class Trainer:
             self.trained.file_dtype(),
             self.trained.hashed,
         )
+        decay = options.ema.ema_decay
+        self.ema = Average(self.parameters, decay) if decay else None
+        metadata = {**self.checkpoints.metadata, "ss_ema_decay": str(decay)}
+        # It has the same list of what was written.
+        self.ema_checkpoints = replace(self.checkpoints, metadata=metadata, suffix="_ema")
         self.states = States(options.states, options.saving)
         self.averaging = hasattr(self.optimizer.optimizer, "eval")  # schedule-free: what it trains is not what it means
         if self.averaging:
@@ -165,9 +172,7 @@ class Trainer:
                 self.epoch(epoch, progress)
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
             self.save_state(self.states.at_end())
-        if self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_final(self.trained.tensors(), self.step, self.plan.epochs)
+        self.save(lambda files: files.save_final(self.trained.tensors(), self.step, self.plan.epochs))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -259,7 +264,10 @@ class Trainer:
             self.update(self.parameters)
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
-        return self.trained.limit()
+        norms = self.trained.limit()
+        if self.ema and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.update()
+        return norms
 
     def left_out(self) -> dict[str, float]:
         """Forget the gradients of a step; return what to log of it. Ends the run after too many in a row."""
@@ -297,11 +305,19 @@ class Trainer:
         due = every and self.step % every == 0  # and so has been saved
         if not (due and self.plan.options.states.save_state):
             self.save_state(state)
-        if not due and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        if not due:
+            self.save(lambda files: files.save_step(self.trained.tensors(), self.step, epoch))
         self.accelerator.wait_for_everyone()
         raise Stopped(f"stopped after step {self.step}; go on with: {command_to_resume(state)}", 128 + self.stop.number)
+
+    def save(self, write: Callable[[Checkpoints], object]) -> None:
+        """Write a file of what is trained and, where there is an average, one of that, on the main process."""
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                write(self.checkpoints)
+            if self.ema:
+                with self.ema.shown():
+                    write(self.ema_checkpoints)
 
     def save_state(self, path: Path) -> Path:
         """Save the state of the run, on all processes, and return its folder."""
@@ -315,6 +331,7 @@ class Trainer:
                 "optimizer": self.optimizer.optimizer.state_dict(),
                 "scheduler": self.schedule.state_dict(),
                 **({"scaler": scaler.state_dict()} if scaler else {}),
+                **({"ema": self.ema.state_dict()} if self.ema else {}),
             }
             generators = {f"{rank}/{name}": state for rank, own in enumerate(every) for name, state in own.items()}
             write_state(path, self.trained.tensors(), dictionaries, generators, self.progress())
@@ -345,6 +362,10 @@ class Trainer:
         self.schedule.load_state_dict(state.load("scheduler"))
         if self.accelerator.scaler and state.whole:
             self.accelerator.scaler.load_state_dict(state.load("scaler"))
+        if self.ema and (average := state.load("ema", needed=False)):
+            self.ema.load_state_dict(average)
+        elif self.ema:
+            logger.warning("--resume %s: holds no average of the weights, which begins anew", state.path)
         saved = state.generators()
         for name, generator in self.generators().items():
             if f"{rank}/{name}" in saved:
@@ -381,9 +402,8 @@ class Trainer:
 
     def after_step(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_steps
-        if every and self.step % every == 0 and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        if every and self.step % every == 0:
+            self.save(lambda files: files.save_step(self.trained.tensors(), self.step, epoch))
         self.validate()
         self.sample()
         if every and self.step % every == 0 and self.plan.options.states.save_state:
@@ -394,9 +414,8 @@ class Trainer:
     def after_epoch(self, epoch: int) -> None:
         self.validate(epoch)
         every = self.plan.options.saving.save_every_n_epochs
-        if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_epoch(self.trained.tensors(), self.step, epoch)
+        if every and epoch % every == 0 and epoch < self.plan.epochs:
+            self.save(lambda files: files.save_epoch(self.trained.tensors(), self.step, epoch))
         if every and epoch % every == 0 and epoch < self.plan.epochs and self.plan.options.states.save_state:
             self.save_state(self.states.at_epoch(epoch))
             if self.accelerator.is_main_process:
@@ -406,14 +425,18 @@ class Trainer:
     def validate(self, epoch: int | None = None) -> None:
         """Measure the validation loss if that is due; epoch: as for sample()."""
         if self.validator and self.validator.due(self.step, epoch, self.step >= self.plan.total_steps):
-            with self.averaged():
+            with self.shown():
                 self.log(self.validator.measure(self.dit, self.module, self.step), self.step)
 
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
-            with self.averaged():
+            with self.shown():
                 self.sampler.make(self.dit, self.module, self.step, epoch)
+
+    def shown(self) -> contextlib.AbstractContextManager:
+        """Return what makes the weights those that samples and validation see while it is entered."""
+        return self.ema.shown() if self.ema and self.plan.options.ema.ema_for_samples else self.averaged()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
