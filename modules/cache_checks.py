@@ -27,6 +27,17 @@ def check_fresh(data: CachedDataset, allow_stale: bool) -> None:
         logger.warning("--allow_stale: %s", found)
 
 
+def is_one_frame(data: CachedDataset) -> bool:
+    """Return whether some of the caches are of one-frame training."""
+    return any("f_indices" in item.names for items in data.items for item in items)
+
+
+def check_one_frame(data: CachedDataset, asked: bool) -> None:
+    """Raise UserError where one-frame training is asked for and no cache is of it."""
+    if asked and not is_one_frame(data):
+        raise UserError("--one_frame: the caches are not of one-frame training", "run wan_cache_latents.py --one_frame")
+
+
 def changed_captions(data: CachedDataset) -> list[Path]:
     """Return the latent caches whose caption is no longer the one that their text was cached for."""
     changed = []

@@ -22,6 +22,8 @@ from utils.safetensors_io import save_file_atomically
 
 logger = logging.getLogger(__name__)
 
+# What musubi-tuner's metadata have no entry for: as JSON, task, precision and what else the result depends on.
+OWN_KEY = "wan_tuner"
 # What a file says of itself with --no_metadata: enough to load it.
 _MINIMUM = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 
@@ -142,7 +144,8 @@ class Checkpoints:
         metadata = {**self.metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(now)}
         metadata["modelspec.date"] = datetime.fromtimestamp(now).isoformat(timespec="seconds")
         if self.no_metadata:
-            metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_") or key in _MINIMUM}
+            left_out = {key for key in metadata if key == OWN_KEY or key.startswith("ss_")} - {*_MINIMUM}
+            metadata = {key: text for key, text in metadata.items() if key not in left_out}
         save_file_atomically(stored, path, with_hashes(stored, metadata) if self.hashed else metadata)
         self.written.add(path.name)
         logger.info("saved %s", path)

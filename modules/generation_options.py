@@ -140,7 +140,7 @@ class Models:
         """Return the DiT; steps: what it is going to compute."""
         dtype = compute_dtype(dit_dtype(self.dit.dit), self.device)
         loras = self.lora.files()
-        return load_dit(
+        model = load_dit(
             self.dit.dit,
             self.config,
             dtype,
@@ -157,6 +157,8 @@ class Models:
             steps=steps,
             residual_dtype=parse_dtype(self.dit.residual_dtype),
         )
+        model.second_picture_as_text = self.dit.compat_musubi
+        return model
 
     def load_vae(self) -> WanVAE:
         dtype = parse_dtype(self.vae.vae_dtype) if self.vae.vae_dtype else compute_dtype(torch.bfloat16, self.device)

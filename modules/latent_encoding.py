@@ -14,7 +14,7 @@ from dataset.masks import latent_mask
 from dataset.media import Clip
 from utils.devices import compute_dtype
 from wan.clip import ClipOptions, ImageEncoder, load_clip
-from wan.conditioning import first_frame_condition, first_last_condition
+from wan.conditioning import first_frame_condition, first_last_condition, one_frame_condition
 from wan.vae import VaeOptions, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
@@ -99,12 +99,9 @@ def encode_one_frame(encoders: LatentEncoders, clip: Clip, config: ImageConfig) 
     indices = config.frame_indices
     place = indices.index(config.fp_1f_target_index)
     frames = [*control_latents[:place], picture_latent, *control_latents[place:]]
-    shown = [*control_latents[:place], grey, *control_latents[place:]]
-    mask = torch.ones(4, len(indices), *picture_latent.shape[2:])
-    mask[:, place] = 0
     tensors = {
         "latents": torch.cat(frames, dim=1),
-        "latents_image": torch.cat([mask, torch.cat(shown, dim=1)]),
+        "latents_image": one_frame_condition(control_latents, grey, place),
         "f_indices": torch.tensor(indices),
     }
     if encoders.clip is not None:

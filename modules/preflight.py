@@ -9,7 +9,7 @@ import torch
 from dataset.cache import read_header
 from dataset.config import DatasetConfig, load_config
 from dataset.loader import CachedDataset, CachedItem
-from modules.cache_checks import check_fresh
+from modules.cache_checks import check_fresh, check_one_frame
 from modules.checkpoints import check_saving
 from modules.ema import check_ema
 from modules.flow_matching import check_timesteps
@@ -152,6 +152,7 @@ def _cached(
     for items in data.items:
         check_caches(items, config, shape)
     check_fresh(data, options.training.allow_stale)
+    check_one_frame(data, options.samples.one_frame)
     return data
 
 

@@ -1,9 +1,13 @@
 """What the files of a training run say of how they were made."""
 
+import json
 from pathlib import Path
 
-from modules.checkpoints import model_metadata, new_session, training_metadata
+from modules.cache_checks import is_one_frame
+from modules.checkpoints import OWN_KEY, model_metadata, new_session, training_metadata
+from modules.generation_plan import project_version
 from modules.preflight import Plan
+from utils.identity import weights_identity
 
 
 def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str]:
@@ -54,4 +58,14 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
     family = "wan2.2" if plan.config.boundary else "wan2.1"
     bounds = (timesteps.min_timestep, timesteps.max_timestep)
     model = model_metadata(options.metadata, options.saving.output_name, family, trained.architecture, bounds)
-    return {**trained.file_metadata(), **training_metadata(values), **model}
+    own = {
+        "task": plan.config.name,
+        "dit": weights_identity(options.dit.dit, "--dit"),
+        "fp8_scaled": options.precision.fp8_scaled,
+        "quantize": options.precision.quantize,
+        "one_frame": is_one_frame(plan.data),
+        "compat_musubi": options.dit.compat_musubi,
+        "software": f"wan-tuner {project_version()}",
+    }
+    own = {name: value for name, value in own.items() if value}
+    return {**trained.file_metadata(), **training_metadata(values), **model, OWN_KEY: json.dumps(own)}

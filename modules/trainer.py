@@ -24,7 +24,7 @@ from modules.flow_matching import noised, sample_timesteps
 from modules.gradients import average_gradients
 from modules.losses import flow_loss, loss_weights, sample_errors
 from modules.optimizers import make_optimizer, make_schedule
-from modules.prediction import predict
+from modules.prediction import as_told, predict
 from modules.preflight import Plan, check
 from modules.run_logs import LoggingOptions, log_folder
 from modules.run_metadata import run_metadata
@@ -108,6 +108,8 @@ class Trainer:
             offloading(accelerator.device) if offloads else None,
             precision.gradient_checkpointing_keep_attention,
         )
+        self.told = as_told(options.dit.compat_musubi, options.timesteps.timestep_sampling)
+        dit.second_picture_as_text = options.dit.compat_musubi
         self.trained = plan.trained
         self.module = self.trained.attach(dit, accelerator.device)
         self.parameters = list(self.module.parameters())
@@ -152,7 +154,8 @@ class Trainer:
         self.epoch_losses: list[float] = []  # of the unfinished epoch
         self.bins = TimestepBins()  # its errors by how noisy the examples were
         self.errors: tuple[Tensor, Tensor] | None = None  # t of the last batch's examples [B], and their errors [B]
-        self.validator = Validator(plan.validation, plan.config, accelerator) if plan.validation else None
+        validation = plan.validation
+        self.validator = Validator(validation, plan.config, accelerator, self.told) if validation else None
         self.bad_batches = 0  # of this step, those whose loss was no finite number
         self.bad_steps = 0  # the last ones, in a row
         self.stop = Stop()
@@ -248,7 +251,7 @@ class Trainer:
         t = sample_timesteps(options, len(batch), height, width, self.generator, batch.timesteps).to(device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
-        prediction = predict(self.dit, self.plan.config, batch, x_t, t)
+        prediction = predict(self.dit, self.plan.config, batch, x_t, t, self.told)
         self.errors = t, sample_errors(prediction, velocity, batch.mask)
         weights = loss_weights(options.weighting_scheme, t, kind.min_snr_gamma)
         return batch.weight * flow_loss(prediction, velocity, weights, batch.mask, kind)
@@ -432,7 +435,7 @@ class Trainer:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
             with self.shown():
-                self.sampler.make(self.dit, self.module, self.step, epoch)
+                self.sampler.attempt(self.dit, self.module, self.step, epoch)
 
     def shown(self) -> contextlib.AbstractContextManager:
         """Return what makes the weights those that samples and validation see while it is entered."""

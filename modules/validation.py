@@ -12,7 +12,7 @@ from dataset.config import DatasetConfig
 from dataset.loader import CachedDataset, CachedItem, load_batch
 from modules.flow_matching import TimestepOptions, bounds, noised
 from modules.losses import sample_errors
-from modules.prediction import predict
+from modules.prediction import Told, predict
 from modules.timestep_bins import TimestepBins, in_words
 from utils.errors import UserError
 from utils.identity import seed_of
@@ -109,8 +109,8 @@ def _batches(items: Sequence[CachedItem], size: int) -> list[tuple[CachedItem, .
 class Validator:
     """Measures the validation loss of a plan; draws no random number that training could miss."""
 
-    def __init__(self, plan: ValidationPlan, config: WanConfig, accelerator: Accelerator):
-        self.plan, self.config, self.accelerator = plan, config, accelerator
+    def __init__(self, plan: ValidationPlan, config: WanConfig, accelerator: Accelerator, told: Told):
+        self.plan, self.config, self.accelerator, self.told = plan, config, accelerator, told
         self._last_step = -1
 
     def due(self, step: int, epoch: int | None = None, last: bool = False) -> bool:
@@ -150,7 +150,7 @@ class Validator:
         noise = torch.stack([fixed_noise(item, level, batch.latents.shape[1:]) for item in items]).to(device)
         t = torch.full((len(items),), self.plan.levels[level], device=device)
         x_t, velocity = noised(batch.latents, noise, t)
-        return t, sample_errors(predict(dit, self.config, batch, x_t, t), velocity, batch.mask)
+        return t, sample_errors(predict(dit, self.config, batch, x_t, t, self.told), velocity, batch.mask)
 
 
 def fixed_noise(item: CachedItem, level: int, shape: Sequence[int]) -> Tensor:
