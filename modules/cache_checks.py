@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from dataset.cache import media_name
+from dataset.cache import extra_text_path, media_name
 from dataset.items import captions_now
 from dataset.loader import CachedDataset
 from utils.errors import UserError
@@ -44,5 +44,9 @@ def changed_captions(data: CachedDataset) -> list[Path]:
     for config, items in zip(data.configs, data.items, strict=True):
         names = {item: media_name(config, item.latents) for item in items if item.caption is not None}
         now = captions_now(config, set(names.values()))
-        changed += [item.latents for item, name in names.items() if now.get(name) not in (None, item.caption.strip())]
+        for item, name in names.items():
+            first, *more = now.get(name, [item.caption.strip()])
+            others = tuple(extra_text_path(config, each) for each in more) if name in now else item.more_texts
+            if (first, others) != (item.caption.strip(), item.more_texts):
+                changed.append(item.latents)
     return changed

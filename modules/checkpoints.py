@@ -99,7 +99,7 @@ def check_saving(
 def _is_of(name: str, path: Path) -> bool:
     """Tell whether a file, or a state, has a name that a run called `name` writes."""
     ending = path.name.removeprefix(name)
-    return path.name.startswith(name) and bool(re.fullmatch(r"(-\d+|-step\d+|)(-state|\.safetensors)", ending))
+    return path.name.startswith(name) and bool(re.fullmatch(r"(-\d+|-step\d+|)(-state|(_ema)?\.safetensors)", ending))
 
 
 @dataclass
@@ -113,6 +113,7 @@ class Checkpoints:
     hashed: bool = True  # with hashes of the tensors, for which all of them are copied in memory
     written: set[str] = field(default_factory=set)  # names; only what this run wrote is ever deleted
     before_delete: Callable[[Path], None] = lambda path: None
+    suffix: str = ""  # of the names
 
     def save(self, tensors: Mapping[str, Tensor], series: str, number: int, step: int, epoch: int) -> Path:
         """Save after a step or an epoch, or at the end, and delete what is outdated then; return the file.
@@ -126,7 +127,7 @@ class Checkpoints:
 
     def path(self, series: str, number: int = 0) -> Path:
         """Return the file of a step, of an epoch (from 1) or of the end; series: "step", "epoch" or "end"."""
-        return self.options.output_dir / f"{self.options.output_name}{ending(series, number)}.safetensors"
+        return self.options.output_dir / f"{self.options.output_name}{ending(series, number)}{self.suffix}.safetensors"
 
     def outdated(self, series: str, number: int) -> Path | None:
         """Return the file of this run that --save_last_n_* gives up for that of a step or an epoch, if any."""

@@ -43,6 +43,8 @@ def sizes(plan: Plan, device: torch.device) -> dict[str, int]:
     numbers = sum(shape.numel() for shape in shapes.values())
     precision = plan.options.saving.save_precision
     file = numbers * (parse_dtype(precision) if precision else plan.trained.file_dtype()).itemsize + _HEADERS
+    if plan.options.ema.ema_decay:  # saved beside, and in the state as it is
+        file, held = 2 * file, held + torch.float32.itemsize
     moments = moment_bytes(plan.options.optimizer, device, plan.trained.shapes)
     return {FILE: file, STATE: round(numbers * (held + moments)) + 2 * _HEADERS}
 

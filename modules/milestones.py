@@ -1,4 +1,4 @@
-"""What a run does besides its steps, and when: the files, states and samples that its options plan."""
+"""What a run does besides its steps, and when: the files, states, samples and validations that its options plan."""
 
 import bisect
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modules.preflight import Plan
 
-FILE, STATE, SAMPLE = "file", "state", "sample"
+FILE, STATE, SAMPLE, VALIDATION = "file", "state", "sample", "validation"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Milestone:
 
 
 def milestones(plan: Plan) -> list[Milestone]:
-    """Return all files, states and samples of a run, from where it begins or goes on."""
+    """Return all files, states, samples and validations of a run, from where it begins or goes on."""
     saving, states, samples = plan.options.saving, plan.options.states, plan.options.samples
     begin, ends = plan.state.progress.step if plan.state else 0, epoch_ends(plan)
     found = []
@@ -43,6 +43,11 @@ def milestones(plan: Plan) -> list[Milestone]:
         add(SAMPLE, "step", samples.sample_every_n_steps, steps)
         at_steps = {each.step for each in found if each.kind == SAMPLE}
         add(SAMPLE, "epoch", samples.sample_every_n_epochs, [pair for pair in ends if pair[0] not in at_steps])
+    if plan.validation:
+        due, last = plan.validation.due, plan.total_steps
+        measured = [step for step, _ in steps if due(step, None, step == last)]
+        measured += [step for step, epoch in ends if due(step, epoch, step == last)] + [0] * (begin == 0)
+        found += [Milestone(step, VALIDATION, "step", step) for step in set(measured)]
     if states.save_state or states.save_state_on_train_end:
         found.append(Milestone(plan.total_steps, STATE, "end", 0))
     found.append(Milestone(plan.total_steps, FILE, "end", 0))

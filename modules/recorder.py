@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,11 @@ class Recorder:
         seconds = round(time.monotonic() - began, 2)
         self.log.write("sample", step, epoch=epoch, files=names, prompts=list(prompts), seconds=seconds)
         self.report()
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Note validation losses, "loss/validation" and what follows it in the names of the others."""
+        named = {name.removeprefix("loss/validation").strip("/") or "loss": value for name, value in values.items()}
+        self.log.write("validation", step, **named)
 
     def save(
         self,

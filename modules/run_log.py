@@ -5,7 +5,7 @@ Every line has `kind`, `step` (optimizer steps done) and `time` (seconds since 1
 start       settings, data and what is trained; again where a run goes on with other settings
 step        epoch, loss, average, learning rates as lr/NAME, grad_norm, seconds, memory_gb, examples; where the loss is
             no finite number steps_left_out: how many in a row
-epoch       epoch, loss: the mean over its batches
+epoch       epoch, loss: the mean over its batches; the mean errors by timestep, as t0-100
 validation  any numbers by name; each name is a curve of the report
 sample      epoch, files beside the log, prompts, seconds
 save        file

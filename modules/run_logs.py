@@ -120,13 +120,13 @@ def start_tracking(
         raise UserError(f"--log_with {options.log_with or TENSORBOARD}: cannot be started ({line})", fix) from None
 
 
-def track_epoch(accelerator: Accelerator, loss: float, epoch: int, step: int) -> None:
-    """Give trackers the mean loss of an epoch: at that epoch, or for wandb, whose steps only grow, at the step."""
+def track_epoch(accelerator: Accelerator, values: Mapping[str, float], epoch: int, step: int) -> None:
+    """Give trackers what is known of an epoch: at that epoch, or for wandb, whose steps only grow, at the step."""
     for tracker in accelerator.trackers:
         if tracker.name == WANDB:
-            tracker.log({"loss/epoch": loss, "epoch": epoch}, step=step)
+            tracker.log({**values, "epoch": epoch}, step=step)
         else:
-            tracker.log({"loss/epoch": loss}, step=epoch)
+            tracker.log(dict(values), step=epoch)
 
 
 def track_samples(accelerator: Accelerator, files: Sequence[Path], prompts: Sequence[str], step: int) -> None:

@@ -16,7 +16,7 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
     batches: of an epoch, on one process.
     """
     options, trained, summary = plan.options, plan.trained, plan.data.summary()
-    timesteps, optimizer = options.timesteps, options.optimizer
+    timesteps, loss, optimizer = options.timesteps, options.loss, options.optimizer
     values = {
         **new_session(),
         "output_name": options.saving.output_name,
@@ -44,10 +44,13 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "logit_mean": timesteps.logit_mean,
         "logit_std": timesteps.logit_std,
         "mode_scale": timesteps.mode_scale,
+        **({"loss": loss.loss, "huber_delta": loss.huber_delta} if loss.loss != "mse" else {}),
+        **({"min_snr_gamma": loss.min_snr_gamma} if timesteps.weighting_scheme == "min_snr" else {}),
         "guidance_scale": options.unused.guidance_scale,
         "timestep_sampling": timesteps.timestep_sampling,
         "sigmoid_scale": timesteps.sigmoid_scale,
         "discrete_flow_shift": timesteps.discrete_flow_shift,
+        **({"validation_split": split} if (split := options.validation.validation_split) else {}),
         "datasets": summary.metadata,
         "sd_model_name": Path(options.dit.dit).name,
         **({"vae_name": Path(options.vae.vae).name} if options.vae.vae else {}),

@@ -33,7 +33,7 @@ class RunData:
 
     start: dict[str, Any] = field(default_factory=dict)
     steps: _Curves = field(default_factory=lambda: defaultdict(list))  # by name, over steps
-    epochs: list[tuple[float, float]] = field(default_factory=list)
+    epochs: _Curves = field(default_factory=lambda: defaultdict(list))
     validation: _Curves = field(default_factory=lambda: defaultdict(list))
     samples: list[dict[str, Any]] = field(default_factory=list)
     saves: list[dict[str, Any]] = field(default_factory=list)
@@ -58,8 +58,8 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> RunData:
             _add(data.steps, step, line)
         elif kind == "validation":
             _add(data.validation, step, line)
-        elif kind == "epoch" and line.get("loss") is not None:
-            data.epochs.append((step, line["loss"]))
+        elif kind == "epoch":
+            _add(data.epochs, step, line)
         elif kind in ("start", "end", "stop"):
             setattr(data, "start" if kind == "start" else "end", dict(line))
         elif kind in ("sample", "save", "warning"):
@@ -211,13 +211,16 @@ def _charts(data: RunData) -> str:
         for name, points in steps.items()
         if name not in known and not name.startswith(("lr/", "max_norm/"))
     }
-    loss = {"loss": steps.get("loss", []), "average": steps.get("average", []), "epoch": data.epochs}
-    bins = {name: points for name, points in data.validation.items() if name != "loss"}
+    loss = {"loss": steps.get("loss", []), "average": steps.get("average", []), "epoch": data.epochs.get("loss", [])}
+    bins, trained = (
+        {n: points for n, points in c.items() if n not in ("loss", "epoch")} for c in (data.validation, data.epochs)
+    )
     drawn = [
         charts.chart("loss", loss, faint=["loss"]),
         charts.chart("learning rate", rates, zero=True),
         charts.chart("validation loss", {"validation": data.validation.get("loss", [])}),
         charts.chart("validation", bins),
+        charts.chart("loss of an epoch by timestep", trained),
         charts.chart("norm of the gradients", {"norm": steps.get("grad_norm", [])}, faint=["norm"], zero=True),
         charts.chart("norms of the network", norms),
         charts.chart("seconds a step", {"seconds": steps.get("seconds", [])}, faint=["seconds"], zero=True),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dataset.config import DatasetConfig, load_config
 from dataset.loader import find_cached
-from modules.flow_matching import TimestepOptions, check_timesteps, loss_weights, sample_timesteps
+from modules.flow_matching import TimestepOptions, check_timesteps, sample_timesteps
+from modules.losses import LossOptions, check_loss, loss_weights
 from modules.outputs import save_picture
 from modules.train_options import TrainOptions
 from utils.files import require_writable_folder
@@ -37,7 +38,9 @@ class Chart:
 def show_timesteps(options: TrainOptions) -> None:
     """Print the distribution for each dataset, or write it as a picture and print its path."""
     check_timesteps(options.timesteps)
-    charts = make_charts(options.timesteps, latent_sizes(options.data.dataset_config), options.training.seed or 0)
+    check_loss(options.loss, options.timesteps.weighting_scheme)
+    sizes, gamma = latent_sizes(options.data.dataset_config), options.loss.min_snr_gamma
+    charts = make_charts(options.timesteps, sizes, options.training.seed or 0, gamma)
     if options.show.show_timesteps == "console":
         print("\n\n".join(map(as_text, charts)))
         return
@@ -67,13 +70,18 @@ def _sizes_of(config: DatasetConfig) -> tuple[str, Counter]:
     return f"{config.where}, not cached: {width}x{height} as its file says", Counter({(height // 8, width // 8): 1})
 
 
-def make_charts(options: TimestepOptions, datasets: Sequence[tuple[str, Counter]], seed: int) -> list[Chart]:
+def make_charts(
+    options: TimestepOptions,
+    datasets: Sequence[tuple[str, Counter]],
+    seed: int,
+    gamma: float = LossOptions.min_snr_gamma,
+) -> list[Chart]:
     """Return a chart for each dataset; those that come out equal, as they do where sizes do not count, share one."""
     drawn: dict[bytes, tuple[list[str], Tensor]] = {}
     for title, sizes in datasets:
         t = draw(options, sizes, seed)
         drawn.setdefault(t.numpy().tobytes(), ([], t))[0].append(title)
-    return [_chart(options, "; ".join(titles), t) for titles, t in drawn.values()]
+    return [_chart(options, "; ".join(titles), t, gamma) for titles, t in drawn.values()]
 
 
 def draw(options: TimestepOptions, sizes: Counter, seed: int) -> Tensor:
@@ -89,10 +97,10 @@ def draw(options: TimestepOptions, sizes: Counter, seed: int) -> Tensor:
     return torch.cat([sample_timesteps(options, len(u), *size, generator, u.tolist()) for size, u in parts if len(u)])
 
 
-def _chart(options: TimestepOptions, title: str, t: Tensor) -> Chart:
+def _chart(options: TimestepOptions, title: str, t: Tensor, gamma: float) -> Chart:
     row = (t * ROWS).long().clamp(max=ROWS - 1)
     counts = torch.bincount(row, minlength=ROWS).double()
-    weights = loss_weights(options.weighting_scheme, t)
+    weights = loss_weights(options.weighting_scheme, t, gamma)
     if weights is not None:
         weights = (torch.bincount(row, weights.double(), minlength=ROWS) / counts).numpy()
     low, mean, high = t.quantile(0.05).item(), t.mean().item(), t.quantile(0.95).item()

@@ -8,7 +8,9 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints
 from modules.disk import optimizer_bytes, tensor_bytes
-from modules.flow_matching import flow_loss, loss_weights, noised, sample_timesteps
+from modules.ema import Average
+from modules.flow_matching import noised, sample_timesteps
 from modules.gradients import average_gradients
+from modules.losses import flow_loss, loss_weights, sample_errors
 from modules.memory_advice import memory_advised, savings
-from modules.milestones import FILE, SAMPLE, STATE
+from modules.milestones import FILE, SAMPLE, STATE, VALIDATION
 from modules.optimizers import make_optimizer, make_schedule
 from modules.prediction import as_told, predict
 from modules.preflight import Plan, check
@@ -41,8 +45,10 @@ from modules.samples import Sampler
 from modules.settings import groups_of, hide_secrets
 from modules.states import Progress, State, States, restore_optimizer, write_state
 from modules.stopping import Stop, command_to_resume
+from modules.timestep_bins import TimestepBins, in_words
 from modules.train_options import TrainOptions
 from modules.trained import Trained
+from modules.validation import Validator
 from utils.devices import default_device, dtype_name, parse_dtype
 from utils.errors import Stopped, UserError
 from wan.auto_swap import AutoSwap
@@ -154,6 +160,11 @@ class Trainer:
             self.trained.file_dtype(),
             self.trained.hashed,
         )
+        decay = options.ema.ema_decay
+        self.ema = Average(self.parameters, decay) if decay else None
+        metadata = {**self.checkpoints.metadata, "ss_ema_decay": str(decay)}
+        # It has the same list of what was written.
+        self.ema_checkpoints = replace(self.checkpoints, metadata=metadata, suffix="_ema")
         self.states = States(options.states, options.saving)
         self.averaging = hasattr(self.optimizer.optimizer, "eval")  # schedule-free: what it trains is not what it means
         if self.averaging:
@@ -163,11 +174,16 @@ class Trainer:
         self.batches = 0  # of the unfinished epoch, on this process
         self.losses: deque[float] = deque(maxlen=len(self.loader))
         self.epoch_losses: list[float] = []  # of the unfinished epoch
+        self.bins = TimestepBins()  # its errors by how noisy the examples were
+        self.errors: tuple[Tensor, Tensor] | None = None  # t of the last batch's examples [B], and their errors [B]
+        validation = plan.validation
+        self.validator = Validator(validation, plan.config, accelerator, self.told) if validation else None
         self.bad_batches = 0  # of this step, those whose loss was no finite number
         self.bad_steps = 0  # the last ones, in a row
         self.norms: list[Tensor] = []  # of the gradients of this step, of which a fused backward pass has many
         self.record = Recorder(plan, accelerator.is_main_process, accelerator.device)
-        self.checkpoints.before_delete = self.states.before_delete = self.record.before_delete
+        for keeper in (self.checkpoints, self.states, *([self.ema_checkpoints] if self.ema else [])):
+            keeper.before_delete = self.record.before_delete
         self.stop = Stop()
         if plan.state:
             self.restore(plan.state)
@@ -186,6 +202,7 @@ class Trainer:
         self.log_start()
         with self.stop, self.record.running(self.step) as progress:
             if not self.plan.state:
+                self.validate(epoch=0)
                 self.sample(epoch=0)
             for epoch in range(self.epochs, self.plan.epochs):
                 self.epoch(epoch, progress)
@@ -208,6 +225,7 @@ class Trainer:
                 norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
             self.batches += 1
             self.epoch_losses.append(loss.item())
+            self.bins.add(*self.errors)
             self.losses.append(self.epoch_losses[-1])
             average = sum(self.losses) / len(self.losses)
             losses.append(self.losses[-1])
@@ -229,11 +247,12 @@ class Trainer:
             if self.step >= self.plan.total_steps:
                 break
         if self.epoch_losses:
-            mean = sum(self.epoch_losses) / len(self.epoch_losses)
-            track_epoch(self.accelerator, mean, epoch + 1, self.step)
-            self.record.log.write("epoch", self.step, epoch=epoch + 1, loss=mean)
+            mean, means = sum(self.epoch_losses) / len(self.epoch_losses), self.bins.means("loss/epoch/")
+            track_epoch(self.accelerator, {"loss/epoch": mean, **means}, epoch + 1, self.step)
+            self.record.log.write("epoch", self.step, epoch=epoch + 1, loss=mean, **self.bins.means(""))
+            logger.info("epoch %d: loss by timestep: %s", epoch + 1, in_words(means))
         if self.batches == len(self.loader):
-            self.epochs, self.batches, self.epoch_losses = epoch + 1, 0, []
+            self.epochs, self.batches, self.epoch_losses, self.bins = epoch + 1, 0, [], TimestepBins()
         self.after_epoch(epoch + 1)
 
     def gradients(self, batch: Batch) -> Tensor:
@@ -269,14 +288,16 @@ class Trainer:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, each sample at a noise level of its own."""
-        options, device = self.plan.options.timesteps, self.accelerator.device
+        options, kind, device = self.plan.options.timesteps, self.plan.options.loss, self.accelerator.device
         batch = batch.to(device)
         height, width = batch.latents.shape[-2:]
         t = sample_timesteps(options, len(batch), height, width, self.generator, batch.timesteps).to(device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
         prediction = predict(self.dit, self.plan.config, batch, x_t, t, self.told)
-        return flow_loss(prediction, velocity, loss_weights(options.weighting_scheme, t))
+        self.errors = t, sample_errors(prediction, velocity, batch.mask)
+        weights = loss_weights(options.weighting_scheme, t, kind.min_snr_gamma)
+        return batch.weight * flow_loss(prediction, velocity, weights, batch.mask, kind)
 
     def optimizer_step(self) -> dict[str, float]:
         """End an optimizer step, which a fused backward pass has done already; return what to log of the result."""
@@ -289,7 +310,10 @@ class Trainer:
             self.update(self.parameters)
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
-        return self.trained.limit()
+        norms = self.trained.limit()
+        if self.ema and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.update()
+        return norms
 
     def left_out(self) -> dict[str, float]:
         """Forget the gradients of a step; return what to log of it. Ends the run after too many in a row."""
@@ -336,21 +360,26 @@ class Trainer:
         raise Stopped(f"stopped after step {self.step}; {how}", 128 + self.stop.number)
 
     def save_file(self, series: str, number: int, epoch: int) -> None:
-        """Save what is trained, on the first process, and delete what is outdated then; see Checkpoints.path()."""
+        """Save what is trained and, where there is an average, that, on the first process; see Checkpoints.path().
+
+        What is outdated then is deleted.
+        """
         if not self.accelerator.is_main_process:
             return
-        with self.averaged():
-            tensors, path = self.trained.tensors(), self.checkpoints.path(series, number)
-            self.record.save(
-                FILE,
-                self.step,
-                lambda: self.checkpoints.save(tensors, series, number, self.step, epoch),
-                path,
-                tensor_bytes(tensors.values(), self.checkpoints.file_dtype),
-                self.checkpoints,
-                self.checkpoints.outdated(series, number),
-                last=series == "end",
-            )
+        kinds = [(self.checkpoints, self.averaged), *([(self.ema_checkpoints, self.ema.shown)] if self.ema else [])]
+        for files, shown in kinds:
+            with shown():
+                tensors = self.trained.tensors()
+                self.record.save(
+                    FILE,
+                    self.step,
+                    partial(files.save, tensors, series, number, self.step, epoch),
+                    files.path(series, number),
+                    tensor_bytes(tensors.values(), files.file_dtype),
+                    files,
+                    files.outdated(series, number),
+                    last=series == "end",
+                )
 
     def save_state(self, series: str, number: int = 0, early: bool = False) -> bool:
         """Save the state of the run, on all processes, and delete what is outdated then; return whether that was done.
@@ -372,13 +401,15 @@ class Trainer:
                     "optimizer": optimizer.state_dict(),
                     "scheduler": self.schedule.state_dict(),
                     **({"scaler": scaler.state_dict()} if scaler else {}),
+                    **({"ema": self.ema.state_dict()} if self.ema else {}),
                 }
                 generators = {f"{rank}/{name}": state for rank, own in enumerate(every) for name, state in own.items()}
                 write_state(path, tensors, dictionaries, generators, self.progress())
                 if outdated:
                     self.states.delete(outdated)
 
-            needed = tensor_bytes(tensors.values()) + optimizer_bytes(optimizer)
+            average = self.ema.state_dict().values() if self.ema else ()
+            needed = tensor_bytes((*tensors.values(), *average)) + optimizer_bytes(optimizer)
             saved = self.record.save(STATE, self.step, write, path, needed, self.states, outdated, noted=not early)
         self.accelerator.wait_for_everyone()
         return self.agreed(saved)
@@ -390,6 +421,7 @@ class Trainer:
             batches=self.batches,
             losses=tuple(self.losses),
             epoch_losses=tuple(self.epoch_losses),
+            epoch_bins=self.bins.pairs(),
             seed=self.plan.seed,
             processes=self.accelerator.num_processes,
             epoch_batches=len(self.plan.data),
@@ -407,13 +439,17 @@ class Trainer:
         self.schedule.load_state_dict(state.load("scheduler"))
         if self.accelerator.scaler and state.whole:
             self.accelerator.scaler.load_state_dict(state.load("scaler"))
+        if self.ema and (average := state.load("ema", needed=False)):
+            self.ema.load_state_dict(average)
+        elif self.ema:
+            logger.warning("--resume %s: holds no average of the weights, which begins anew", state.path)
         saved = state.generators()
         for name, generator in self.generators().items():
             if f"{rank}/{name}" in saved:
                 generator.set_state(saved[f"{rank}/{name}"])
         self.step, self.epochs, self.batches = progress.step, progress.epoch, self.plan.begun
         self.losses.extend(progress.losses)
-        self.epoch_losses = list(progress.epoch_losses)
+        self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
         self.states.written.update(name for name in progress.written if name.endswith("-state"))
         self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
         logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
@@ -447,11 +483,13 @@ class Trainer:
         due = every and self.step % every == 0
         if due:
             self.save_file("step", self.step, epoch)
+        self.validate()
         self.sample()
         if due and self.plan.options.states.save_state:
             self.save_state("step", self.step)
 
     def after_epoch(self, epoch: int) -> None:
+        self.validate(epoch)
         every = self.plan.options.saving.save_every_n_epochs
         due = every and epoch % every == 0 and epoch < self.plan.epochs
         if due:
@@ -460,16 +498,28 @@ class Trainer:
             self.save_state("epoch", epoch)
         self.sample(epoch)
 
+    def validate(self, epoch: int | None = None) -> None:
+        """Measure the validation loss if that is due; epoch: as for sample()."""
+        if self.validator and self.validator.due(self.step, epoch, self.step >= self.plan.total_steps):
+            with self.shown(), self.record.aside(VALIDATION):
+                values = self.validator.measure(self.dit, self.module, self.step)
+            self.log(values, self.step)
+            self.record.validation(self.step, values)
+
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
-            with self.averaged(), self.record.aside(SAMPLE):
+            with self.shown(), self.record.aside(SAMPLE):
                 began = time.monotonic()
                 files = self.sampler.attempt(self.dit, self.module, self.step, epoch)
                 if files:
                     prompts = [request.prompt for request in self.sampler.requests]
                     self.record.samples(self.step, epoch, files, prompts, began)
                     track_samples(self.accelerator, files, prompts, self.step)
+
+    def shown(self) -> contextlib.AbstractContextManager:
+        """Return what makes the weights those that samples and validation see while it is entered."""
+        return self.ema.shown() if self.ema and self.plan.options.ema.ema_for_samples else self.averaged()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modules.milestones import FILE, SAMPLE, STATE, Ahead, milestones
+from modules.milestones import FILE, SAMPLE, STATE, VALIDATION, Ahead, milestones
 from modules.run_log import read_log
 from tests.test_modules_trainer import trainer  # noqa: F401
 
@@ -12,8 +12,8 @@ def done(run) -> list[tuple[int, str]]:
     for line in read_log(run.record.log.path):
         if line["kind"] == "save":
             found.append((line["step"], STATE if line["file"].endswith("-state") else FILE))
-        elif line["kind"] == "sample":
-            found.append((line["step"], SAMPLE))
+        elif line["kind"] in (SAMPLE, VALIDATION):
+            found.append((line["step"], line["kind"]))
     return sorted(found)
 
 
@@ -29,6 +29,8 @@ def no_samples(self, dit, trained, step, epoch=None):
         "--max_train_epochs 3 --save_every_n_epochs 1 --gradient_accumulation_steps 3 --save_state_on_train_end "
         "--sample_every_n_epochs 2 --sample_at_first",
         "--max_train_steps 16 --save_every_n_steps 5 --save_every_n_epochs 1 --save_state",
+        "--max_train_steps 9 --validation_split 0.2 --validate_every_n_steps 3 --validate_every_n_epochs 1 "
+        "--save_every_n_steps 4 --save_state",
     ],
 )
 def test_what_is_planned_is_done_at_those_steps(trainer, models, tmp_path, monkeypatch, options):  # noqa: F811

@@ -42,7 +42,7 @@ def test_each_row_has_the_share_that_the_distribution_gives_it(options, below):
 
 @pytest.mark.parametrize("sampling", sorted(_SAMPLINGS))
 def test_every_sampling_is_shown_with_every_weighting(sampling):
-    for scheme in ("none", "mode", "logit_normal", "cosmap", "sigma_sqrt"):
+    for scheme in ("none", "mode", "logit_normal", "cosmap", "sigma_sqrt", "min_snr"):
         (chart,) = make_charts(TimestepOptions(sampling, weighting_scheme=scheme), SQUARE, seed=0)
         assert chart.share.sum() == pytest.approx(1) and len(as_text(chart).splitlines()) in (42, 83)
         assert as_picture([chart]).shape == (300 if chart.weights is None else 600, 900, 3)
