@@ -14,6 +14,7 @@ from modules.generation_plan import check_generation, decode_files, plan_results
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
 from modules.repeating import stored_options, warn_of_changes
+from modules.step_cache_options import StepCacheOptions
 from utils.errors import run_script
 from utils.options import parse_options
 from utils.processes import Processes, joined
@@ -33,7 +34,7 @@ def main() -> None:
 
 def plan_run(processes: Processes) -> tuple | None:
     """Return what generate() needs to know, checked; None where saved latents were decoded, or weights downloaded."""
-    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap, compiling, downloads = parse_options(
+    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap, compiling, step_cache, downloads = parse_options(
         __doc__,
         PromptOptions,
         OutputOptions,
@@ -46,6 +47,7 @@ def plan_run(processes: Processes) -> tuple | None:
         RunOptions,
         SwapOptions,
         GenerationCompileOptions,
+        StepCacheOptions,
         DownloadOptions,
         below=stored_options,
     )
@@ -53,7 +55,7 @@ def plan_run(processes: Processes) -> tuple | None:
         download_published(TASKS[dit.task], downloads.download)
         return None
     device = processes.device(run.device)
-    models = Models(TASKS[dit.task], device, dit, vae, t5, clip, lora, run, swap, compiling.resolved())
+    models = Models(TASKS[dit.task], device, dit, vae, t5, clip, lora, run, swap, compiling.resolved(), step_cache)
     if outputs.latent_path:
         decode_files(models, outputs)
         return None

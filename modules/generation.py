@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dataset.decoding import MediaError, decoded_frames, load_image
 from dataset.media import resize_to_bucket
+from modules.approximation import Approximation
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
 from modules.latent_encoding import as_pixels
@@ -26,6 +27,7 @@ from modules.one_frame import encode_controls
 from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.solvers import Step, Velocity, sample
+from modules.step_caching import Predict, exact
 from modules.text_caching import load_text_encoder
 from modules.video_files import MP4, VideoFormat
 from modules.watching import PartialKeeper, Previewer, Watcher, latent_colours
@@ -164,15 +166,15 @@ def denoise(
     scale: Scale,
     sampling: SamplingOptions,
     on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
+    predict: Predict = exact,
 ) -> Tensor:
     """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes; on_step: see sample()."""
 
     def predicting(name: str) -> Velocity:
         def velocity(x: Tensor, step: Step) -> Tensor:
             if name == "conditional":  # which every step asks for first: the time to compute all that it will ask for
-                timestep = torch.tensor([step.timestep], device=x.device)
                 names = predictions(pattern[step.index], scale_at(scale, step))
-                velocities = dit.velocities(x, timestep, [passes[name] for name in names])
+                velocities = predict(dit, x, step, {name: passes[name] for name in names})
                 computed.update(zip(names, velocities, strict=True))
             return computed.pop(name)
 
@@ -189,7 +191,7 @@ def denoise(
     passes = {
         "conditional": {"text": prompt, **seen},
         "unconditional": {"text": negative, **seen},
-        "skipped": {"text": negative, **seen, "skip_blocks": skipped_blocks(sampling)},
+        "skipped": {"text": negative and replace(negative), **seen, "skip_blocks": skipped_blocks(sampling)},
     }
     computed: dict[str, Tensor] = {}
     pattern = pattern_of(steps, sampling)
@@ -240,13 +242,17 @@ def generate(
             release_memory(models.device)
         if outputs.save_partial:
             watchers.append(PartialKeeper())
+    approximation = Approximation(models.step_cache, models.config, models.dit, processes)
     with auto_recommended(models.swap):
-        latents = denoise_all(requests, texts, conditions, models, sampling, results, processes, watchers)
+        latents = denoise_all(
+            requests, texts, conditions, models, sampling, results, processes, watchers, approximation
+        )
     release_memory(models.device)
     processes.leave()
     if processes.is_first and any(result.files.video or result.files.images for result in results):
         vae = vae.to(models.device) if vae else models.load_vae()
         decode_all(latents, results, vae, outputs.fps, outputs.encoding())
+        approximation.compare_frames(requests, latents, vae)
 
 
 def encode_prompts(requests: Sequence[Request], models: Models, sampling: SamplingOptions) -> list[Texts]:
@@ -345,6 +351,7 @@ def denoise_all(
     results: Sequence[Result],
     processes: Processes | None = None,
     watchers: Sequence[Watcher] = (),
+    approximation: Approximation | None = None,
 ) -> list[Tensor]:
     """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
 
@@ -353,15 +360,16 @@ def denoise_all(
             watcher.step(step, wanted_frames(request, clean[0]))
         progress.update()
 
-    dit = models.load_dit([step_of(request, models.config, sampling) for request in requests])
     processes = processes or Processes()
+    approximation = approximation or Approximation(models.step_cache, models.config, models.dit, processes)
+    dit = models.load_dit([approximation.step(step_of(request, models.config, sampling)) for request in requests])
     if processes.count > 1:
         guided = any(is_guided(request, models.config, sampling) for request in requests)
         share_out(dit, processes.rank, processes.count, guided, models.compiling.compile)
         if auto := getattr(dit, "auto_swap", None):
             auto.alone = False
     latents: list[Tensor] = []
-    steps, silent = sum(request.steps for request in requests), not processes.is_first
+    steps, silent = approximation.runs * sum(request.steps for request in requests), not processes.is_first
     with (
         tqdm(total=steps, desc="denoising", unit="step", disable=silent) as progress,
         contextlib.nullcontext() if silent else kept_on_failure(latents, results),
@@ -375,7 +383,8 @@ def denoise_all(
             width, height = output_size(request)
             frames = denoised_frames(request, models.config)
             drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
-            latent = denoise(
+            run = partial(
+                denoise,
                 dit,
                 processes.first(drawn).to(models.device),
                 text,
@@ -384,8 +393,8 @@ def denoise_all(
                 request.flow_shift,
                 guidance_of(request, models.config),
                 sampling,
-                partial(on_step, request),
-            ).cpu()
+            )
+            latent = approximation.denoise(request, dit.shape, partial(run, partial(on_step, request))).cpu()
             latent = wanted_frames(request, latent)
             if not bool(torch.isfinite(latent).all()):
                 raise UserError(
@@ -395,6 +404,9 @@ def denoise_all(
             if result.files.latent and not silent:
                 save_latent(result.files.latent, latent, result.metadata)
             latents.append(latent)
+            unwatched = partial(run, lambda step, x, clean: progress.update())
+            approximation.compare(request, latent, unwatched, partial(wanted_frames, request))
+    approximation.write_curve(requests, sampling.sample_solver)
     return latents
 
 

@@ -10,6 +10,7 @@ import torch
 
 from modules.guidance import CFG_SKIP_MODES, SLG_MODES
 from modules.solvers import SOLVERS
+from modules.step_cache_options import StepCacheOptions
 from networks.formats import weight_deltas
 from utils.devices import compute_dtype, parse_dtype
 from utils.errors import UserError
@@ -127,10 +128,21 @@ class Models:
     run: RunOptions
     swap: SwapOptions = SwapOptions()
     compiling: CompileOptions = CompileOptions()
+    step_cache: StepCacheOptions = StepCacheOptions()
 
     def groups(self) -> tuple[object, ...]:
         """Return the options of all of them, in groups."""
-        return self.dit, self.vae, self.t5, self.clip, self.lora, self.run, self.swap, self.compiling
+        return (
+            self.dit,
+            self.vae,
+            self.t5,
+            self.clip,
+            self.lora,
+            self.run,
+            self.swap,
+            self.compiling,
+            self.step_cache.repeated(),
+        )
 
     def files(self) -> dict[str, Path | None]:
         """Return the weight files by the options that name them."""

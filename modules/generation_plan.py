@@ -11,6 +11,7 @@ from typing import Any
 import toml
 import torch
 
+from modules.approximation import Approximation
 from modules.generation import (
     decode_all,
     decoded_frame_count,
@@ -24,6 +25,7 @@ from modules.generation_options import Models, SamplingOptions
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import PATCH_PIXELS, Request
 from modules.solvers import sigma_schedule
+from modules.step_cache_options import check_step_cache
 from networks.formats import delta_shapes
 from utils.errors import UserError
 from utils.files import require_file
@@ -67,6 +69,9 @@ def check_generation(
         check_fp8_fast(models.device)
     check_quantize(run.quantize, shape, models.device)
     check_swap(models.swap, shape.blocks)
+    check_step_cache(models.step_cache, [request.steps for request in requests], processes)
+    for request in requests:
+        Approximation(models.step_cache, models.config, models.dit).settings(request, shape)
     split_of(processes, shape.heads, any(is_guided(request, models.config, sampling) for request in requests))
     blocks = [block for block in skipped_blocks(sampling) if not 0 <= block < shape.blocks]
     if blocks:
@@ -209,7 +214,7 @@ def describe_request(request: Request, models: Models, sampling: SamplingOptions
         described["control_image_path"] = [str(control.picture.absolute()) for control in controls]
         if masks := [str(control.mask.absolute()) for control in controls if control.mask]:
             described["control_image_mask_path"] = masks
-    return described
+    return described | Approximation(models.step_cache, models.config, models.dit).describe(request)
 
 
 def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
