@@ -113,8 +113,9 @@ def draw_noise(frames: int, width: int, height: int, seed: int, device: torch.de
 def pattern_of(steps: int, sampling: SamplingOptions) -> str:
     """Return which predictions each step asks for; without --slg_layers no layer is skipped."""
     mode = sampling.slg_mode if skipped_blocks(sampling) else None
+    zero_steps = sampling.cfg_zero_init_steps if sampling.cfg_zero_star else 0
     return guidance_pattern(
-        steps, sampling.cfg_skip_mode, sampling.cfg_apply_ratio, mode, sampling.slg_start, sampling.slg_end
+        steps, sampling.cfg_skip_mode, sampling.cfg_apply_ratio, mode, sampling.slg_start, sampling.slg_end, zero_steps
     )
 
 
@@ -129,7 +130,7 @@ def guidance_of(request: Request, config: WanConfig) -> Scale:
 
 def needs_negative(pattern: str, scale: Scale) -> bool:
     """Return whether some step computes a prediction from the negative prompt."""
-    return "S" in pattern or (scale != 1 and pattern.strip("C") != "")
+    return "S" in pattern or (scale != 1 and pattern.strip("CZ") != "")
 
 
 def is_guided(request: Request, config: WanConfig, sampling: SamplingOptions) -> bool:
@@ -202,6 +203,7 @@ def denoise(
         skipped=predicting("skipped"),
         scale=scale,
         slg_scale=sampling.slg_scale,
+        zero_star=sampling.cfg_zero_star,
     )
     return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step)[0]
 

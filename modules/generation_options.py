@@ -41,6 +41,13 @@ class SamplingOptions:
         "none", "which steps do without the negative prompt, in half the time", choices=CFG_SKIP_MODES
     )
     cfg_apply_ratio: float | None = option(None, "share of the steps that keep it, 0 to 1; for --cfg_skip_mode")
+    cfg_zero_star: bool = option(
+        False,
+        "CFG-Zero*: scale the prediction of the negative prompt to be as near as can be, and begin with zero steps",
+    )
+    cfg_zero_init_steps: int = option(
+        1, "with --cfg_zero_star: first steps that change nothing, and need no prediction"
+    )
     slg_mode: str | None = option(
         None, "skip-layer guidance: added to the other (original), or in its place (uncond)", choices=SLG_MODES
     )

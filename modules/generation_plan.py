@@ -120,6 +120,7 @@ def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> N
 
 
 def _check_loras(models: Models, shape: WanShape) -> None:
+    _check_zero_star(requests, sampling)
     """Raise UserError for a LoRA that cannot be read, or that was made for another model."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(shape).named_parameters()}

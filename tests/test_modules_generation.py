@@ -150,7 +150,15 @@ def test_noise_drawn_on_the_cpu_is_the_same_on_every_device():
 
 @pytest.mark.parametrize(
     ("pattern", "scale", "needed"),
-    [("CCC", 5.0, False), ("CGC", 5.0, True), ("GGG", 1.0, False), ("UU", 1, False), ("SC", 1.0, True)],
+    [
+        ("CCC", 5.0, False),
+        ("CGC", 5.0, True),
+        ("GGG", 1.0, False),
+        ("UU", 1, False),
+        ("SC", 1.0, True),
+        ("ZZC", 5.0, False),
+        ("ZSC", 1.0, True),
+    ],
 )
 def test_the_negative_prompt_is_encoded_only_where_some_step_asks_for_it(pattern, scale, needed):
     assert needs_negative(pattern, scale) is needed
