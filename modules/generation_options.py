@@ -72,6 +72,11 @@ class RunOptions:
         "with --fp8_scaled: round what comes in to float8 too and multiply that, on GPUs of compute capability 8.9 or "
         "newer: faster and less exact (docs/memory.md); not in the first and the last block",
     )
+    riflex_freq_index: int | None = option(
+        None,
+        "for videos of more than 81 frames: number of the frequency along time, from 1, that is changed so that they "
+        "do not repeat (RIFLEx); 6 is usual",
+    )
     quantize: str | None = option(
         None, "hold the DiT's linear weights as bitsandbytes does, instead of as float8", choices=tuple(FORMATS)
     )
@@ -177,6 +182,7 @@ class Models:
             residual_dtype=parse_dtype(self.dit.residual_dtype),
         )
         model.second_picture_as_text = self.dit.compat_musubi
+        model.riflex = self.run.riflex_freq_index
         return model
 
     def load_vae(self) -> WanVAE:

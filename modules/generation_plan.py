@@ -16,6 +16,7 @@ from modules.generation import (
     decode_all,
     decoded_frame_count,
     is_guided,
+    latent_size,
     output_frames,
     output_size,
     read_control,
@@ -41,10 +42,13 @@ from wan.fp8 import check_fp8_fast
 from wan.model import WanModel, WanShape
 from wan.parallel import split_of
 from wan.quantize import check_quantize
+from wan.rope import THETA, riflex_frequency, temporal_pairs
 from wan.vae import check_vae
 from wan.weights import describe, wrong_kind
 
 logger = logging.getLogger(__name__)
+
+TRAINED_FRAMES = 21  # latent frames of the videos that Wan was trained on, which have 81
 
 
 # --------------------------------------------------------------------------------------------------------- checks
@@ -72,6 +76,7 @@ def check_generation(
     check_step_cache(models.step_cache, [request.steps for request in requests], processes)
     for request in requests:
         Approximation(models.step_cache, models.config, models.dit).settings(request, shape)
+    _check_riflex(requests, models, shape)
     split_of(processes, shape.heads, any(is_guided(request, models.config, sampling) for request in requests))
     blocks = [block for block in skipped_blocks(sampling) if not 0 <= block < shape.blocks]
     if blocks:
@@ -115,12 +120,50 @@ def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> N
             )
     if not math.isfinite(sampling.slg_scale):
         raise UserError(f"--slg_scale {sampling.slg_scale}: not a usable number", fix="the default is 3.0")
+    _check_zero_star(requests, sampling)
     for request in requests:
         sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift)
 
 
+def _check_riflex(requests: Sequence[Request], models: Models, shape: WanShape) -> None:
+    index = models.run.riflex_freq_index
+    if index is None:
+        return
+    pairs = temporal_pairs(shape.dim // shape.heads)
+    if not 1 <= index <= pairs:
+        raise UserError(
+            f"--riflex_freq_index {index}: this DiT's frequencies along time are 1 to {pairs}", "leave it out, or use 6"
+        )
+    for request in requests:
+        frames, *_ = latent_size(output_frames(request, models.config), request.width, request.height)
+        period = 2 * math.pi * THETA ** ((index - 1) / pairs)
+        logger.info(
+            "--riflex_freq_index %d: a period of %.1f latent frames becomes %.1f for the %d of this video",
+            *(index, period, 2 * math.pi / riflex_frequency(frames), frames),
+        )
+        if frames <= TRAINED_FRAMES:
+            logger.warning(
+                "--riflex_freq_index %d: is for videos longer than the model was trained on; %d frames are %d latent "
+                "frames, no more than its %d",
+                *(index, request.frames, frames, TRAINED_FRAMES),
+            )
+
+
+def _check_zero_star(requests: Sequence[Request], sampling: SamplingOptions) -> None:
+    zero_steps, fewest = sampling.cfg_zero_init_steps, min(request.steps for request in requests)
+    if not sampling.cfg_zero_star:
+        if zero_steps != SamplingOptions().cfg_zero_init_steps:
+            logger.warning("--cfg_zero_init_steps %d: ignored without --cfg_zero_star", zero_steps)
+    elif not 0 <= zero_steps < fewest:
+        raise UserError(
+            f"--cfg_zero_init_steps {zero_steps}: must be from 0 to {fewest - 1}, fewer than the {fewest} steps",
+            fix="the default is 1" if fewest > 1 else "use 0, or more --infer_steps",
+        )
+    elif all(request.guidance_scale == request.guidance_scale_high_noise == 1 for request in requests):
+        logger.warning("--cfg_zero_star: with --guidance_scale 1 nothing is left of it but the first steps")
+
+
 def _check_loras(models: Models, shape: WanShape) -> None:
-    _check_zero_star(requests, sampling)
     """Raise UserError for a LoRA that cannot be read, or that was made for another model."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(shape).named_parameters()}
@@ -234,6 +277,7 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         "residual_dtype": models.dit.residual_dtype if models.dit.residual_dtype != "float32" else None,
         "fp8_fast": models.run.fp8_fast or None,
         "quantize": models.run.quantize,
+        "riflex_freq_index": models.run.riflex_freq_index,
         "lora": [
             {"file": path.name, "sha256": file_hash(path), "multiplier": multiplier}
             for path, multiplier in models.lora.files()
