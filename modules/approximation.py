@@ -90,8 +90,8 @@ class Approximation:
         wanted = kept(plain.run(run).cpu())
         self.exact.append(wanted)
         logger.info(
-            "--compare_exact: seed %d: latents PSNR %.2f dB; %.2f of the exact time (%.1f s of %.1f s, without the first "
-            "step)",
+            "--compare_exact: seed %d: latents PSNR %.2f dB; %.2f of the exact time (%.1f s of %.1f s, without the "
+            "first step)",
             *(request.seed, psnr([latent], [wanted]), self.elapsed / plain.elapsed, self.elapsed, plain.elapsed),
         )
 

@@ -168,6 +168,7 @@ def denoise(
     sampling: SamplingOptions,
     on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
     predict: Predict = exact,
+    timesteps: Sequence[float] = (),
 ) -> Tensor:
     """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes; on_step: see sample()."""
 
@@ -205,7 +206,7 @@ def denoise(
         slg_scale=sampling.slg_scale,
         zero_star=sampling.cfg_zero_star,
     )
-    return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step)[0]
+    return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step, timesteps)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- stages
@@ -395,6 +396,7 @@ def denoise_all(
                 request.flow_shift,
                 guidance_of(request, models.config),
                 sampling,
+                timesteps=request.timesteps,
             )
             latent = approximation.denoise(request, dit.shape, partial(run, partial(on_step, request))).cpu()
             latent = wanted_frames(request, latent)

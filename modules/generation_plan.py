@@ -122,7 +122,7 @@ def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> N
         raise UserError(f"--slg_scale {sampling.slg_scale}: not a usable number", fix="the default is 3.0")
     _check_zero_star(requests, sampling)
     for request in requests:
-        sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift)
+        sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift, request.timesteps)
 
 
 def _check_riflex(requests: Sequence[Request], models: Models, shape: WanShape) -> None:
@@ -250,6 +250,8 @@ def describe_request(request: Request, models: Models, sampling: SamplingOptions
     }
     if models.config.boundary is not None:
         described["guidance_scale_high_noise"] = request.guidance_scale_high_noise
+    if request.timesteps:
+        described["timesteps"] = "".join(f"{timestep:.10g}," for timestep in request.timesteps)
     pictures = {"image_path": request.image, "end_image_path": request.end_image, "control_path": request.control}
     described.update({name: str(path.absolute()) for name, path in pictures.items() if path is not None})
     if request.one_frame:

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,12 @@ class PromptOptions:
     video_size: tuple[int, int] = option((256, 256), "height and width in pixels", metavar=("HEIGHT", "WIDTH"))
     video_length: int | None = option(None, "frames, 4 n + 1; left out: 81, or 1 for t2i")
     infer_steps: int | None = option(None, "denoising steps; left out: the task's default, 40 or 50")
+    timesteps: str | None = option(
+        None,
+        "these timesteps, falling from 1000 at most, instead of evenly spaced ones, for --sample_solver vanilla; "
+        "shifted only where --flow_shift is given",
+        metavar="T,T,...",
+    )
     flow_shift: float | None = option(
         None, "shift of the noise schedule; left out: 3.0 for i2v at 832x480 or 480x832, else the task's default"
     )
@@ -85,6 +92,7 @@ class Request:
     end_image: Path | None = None
     control: Path | None = None
     one_frame: OneFrame | None = None  # frames is 1 then
+    timesteps: tuple[float, ...] = ()  # of each step before the shift; empty: evenly spaced ones
 
 
 class Letter(NamedTuple):
@@ -218,10 +226,15 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
     for name, value in (("guidance_scale", guidance), ("guidance_scale_high_noise", guidance_high)):
         if not math.isfinite(value):
             raise UserError(f"--{name} {value}: not a usable number", fix=f"the default is {config.guidance}")
-    steps = config.steps if options.infer_steps is None else options.infer_steps
+    timesteps = read_timesteps(options.timesteps)
+    steps = (len(timesteps) or config.steps) if options.infer_steps is None else options.infer_steps
     if steps < 1:
         raise UserError(f"--infer_steps {steps}: at least one step is needed", fix=f"the default is {config.steps}")
-    shift = default_flow_shift(config, width, height) if options.flow_shift is None else options.flow_shift
+    if timesteps and steps != len(timesteps):
+        raise UserError(f"--infer_steps {steps}: --timesteps lists {len(timesteps)}", fix="leave --infer_steps out")
+    shift = options.flow_shift
+    if shift is None:
+        shift = 1.0 if timesteps else default_flow_shift(config, width, height)
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(f"--flow_shift {shift}: must be above 0", fix=f"the default is {config.flow_shift}")
     one_frame = _one_frame(options, config)
@@ -240,8 +253,23 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
         guidance_scale_high_noise=guidance_high,
         seed=seed,
         one_frame=one_frame,
+        timesteps=timesteps,
         **_pictures(options, config),
     )
+
+
+def read_timesteps(text: str | None) -> tuple[float, ...]:
+    """Return the numbers of --timesteps."""
+    if text is None:
+        return ()
+    where, fix = f"--timesteps {text}", "write them as 1000,750,500,250"
+    try:
+        numbers = tuple(float(word) for word in text.rstrip(", ").split(","))
+    except ValueError:
+        raise UserError(f"{where}: not numbers with commas between them", fix) from None
+    if not all(0 < number <= 1000 for number in numbers) or any(a <= b for a, b in pairwise(numbers)):
+        raise UserError(f"{where}: must fall from at most 1000 and stay above 0", fix)
+    return numbers
 
 
 def check_size(width: int, height: int, config: WanConfig) -> None:

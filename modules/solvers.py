@@ -7,7 +7,7 @@ steps are counted, never looked up by their timestep, because timesteps may repe
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,10 +40,11 @@ Velocity = Callable[[Tensor, Step], Tensor]
 StepFunction = Callable[[Tensor, Tensor, int, tuple[float, ...], Memory], tuple[Tensor, Memory]]
 
 
-def sigma_schedule(solver: str, steps: int, shift: float) -> tuple[Tensor, Tensor]:
+def sigma_schedule(solver: str, steps: int, shift: float, listed: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
     """Return the `steps` timesteps told to the model and the `steps` + 1 float32 sigmas, which fall to 0.
 
     The timesteps of unipc and dpm++ are int64, truncated in float64 as the official schedulers do; Euler's are float32.
+    listed: Euler's timesteps before the shift, for others than evenly spaced ones.
     """
     if steps < 1:
         raise UserError(
@@ -51,8 +52,10 @@ def sigma_schedule(solver: str, steps: int, shift: float) -> tuple[Tensor, Tenso
         )
     if not (shift > 0 and math.isfinite(shift)):
         raise UserError(f"--flow_shift {shift}: the shift must be above 0", fix="leave it out for the task's default")
+    if listed and solver != "vanilla":
+        raise UserError(f"--timesteps: not with --sample_solver {solver}", fix="add --sample_solver vanilla")
     if solver == "vanilla":
-        grid = torch.linspace(1, 0, steps + 1)
+        grid = torch.tensor([*listed, 0]) / TRAINING_TIMESTEPS if listed else torch.linspace(1, 0, steps + 1)
         sigmas = shift * grid / (1 + (shift - 1) * grid)
         timesteps = sigmas[:-1] * TRAINING_TIMESTEPS
     else:
@@ -138,8 +141,8 @@ SOLVERS: dict[str, StepFunction] = {"unipc": unipc_step, "dpm++": dpmpp_step, "v
 class Stepper:
     """A run taken one step at a time: `timesteps` to ask the model at, and `step` with its answer."""
 
-    def __init__(self, solver: str, steps: int, shift: float):
-        self.timesteps, self.sigmas = sigma_schedule(solver, steps, shift)
+    def __init__(self, solver: str, steps: int, shift: float, listed: Sequence[float] = ()):
+        self.timesteps, self.sigmas = sigma_schedule(solver, steps, shift, listed)
         self._advance = SOLVERS[solver]
         self._sigmas = tuple(self.sigmas.tolist())
         self._memory = Memory()
@@ -163,13 +166,14 @@ def sample(
     steps: int,
     shift: float,
     on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
+    listed: Sequence[float] = (),
 ) -> Tensor:
     """Return the clean latents at the end of the flow from the noise `x`, in float32.
 
     velocity(x, step) is asked once a step, in order; on_step(step, x, clean) hears of each new x, and of the
-    clean latents that the step's velocity leads to.
+    clean latents that the step's velocity leads to. listed: see sigma_schedule().
     """
-    stepper = Stepper(solver, steps, shift)
+    stepper = Stepper(solver, steps, shift, listed)
     for _ in range(steps):
         step = stepper.next()
         answer = velocity(x, step)

@@ -360,6 +360,15 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
     assert "--slg_mode original: ignored without --slg_layers" in caplog.text
 
 
+def test_listed_timesteps_make_what_even_ones_make(generate, tmp_path):
+    few = {"output_type": "latent", "vae": None, "sample_solver": "vanilla", "guidance_scale": 1, "flow_shift": 5}
+    generate(save_path=tmp_path / "even.safetensors", **few, infer_steps=4)
+    generate(save_path=tmp_path / "listed.safetensors", **few, infer_steps=4, timesteps="1000,750,500,250")
+    assert torch.equal(latent_of(tmp_path / "even.safetensors"), latent_of(tmp_path / "listed.safetensors"))
+    with safe_open(tmp_path / "listed.safetensors", "pt") as file:
+        assert file.metadata()["timesteps"] == "1000,750,500,250,"
+
+
 def test_riflex_is_for_long_videos(generate, caplog, tmp_path):
     caplog.set_level("INFO")
     given = {"output_type": "latent", "vae": None, "video_size": [16, 16], "infer_steps": 1, "guidance_scale": 1}
@@ -434,6 +443,7 @@ def test_zero_star_leaves_the_first_noise_as_it_is_and_changes_the_rest(generate
             {"cfg_zero_star": True, "cfg_zero_init_steps": 2},
             "--cfg_zero_init_steps 2: must be from 0 to 1, fewer than the 2 steps. The default is 1.",
         ),
+        ({"timesteps": "1000,500"}, "--timesteps: not with --sample_solver unipc. Add --sample_so"),
         ({"riflex_freq_index": 0}, "--riflex_freq_index 0: this DiT's frequencies along time are 1 to "),
         ({"riflex_freq_index": 23}, "--riflex_freq_index 23: this DiT's frequencies along time are 1 to "),
         ({"slg_scale": "nan"}, "--slg_scale nan: not a usable number"),
