@@ -24,12 +24,11 @@ from modules.generation import (
 )
 from modules.generation_options import Models, SamplingOptions
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
-from modules.prompts import PATCH_PIXELS, Request
+from modules.prompts import MAX_PIXELS, PATCH_PIXELS, Request
 from modules.solvers import sigma_schedule
 from modules.step_cache_options import check_step_cache
 from networks.formats import delta_shapes
 from utils.errors import UserError
-from utils.files import require_file
 from utils.identity import file_hash, weights_identity
 from utils.options import given_options
 from utils.safetensors_io import open_tensors
@@ -43,6 +42,7 @@ from wan.model import WanModel, WanShape
 from wan.parallel import split_of
 from wan.quantize import check_quantize
 from wan.rope import THETA, riflex_frequency, temporal_pairs
+from wan.tokenizer import load_tokenizer
 from wan.vae import check_vae
 from wan.weights import describe, wrong_kind
 
@@ -90,6 +90,7 @@ def check_generation(
         # Whole, too: it may be needed only after the long denoising.
         check_vae(models.vae.vae)
     for request in requests:
+        _check_start_image(request)
         if request.control is not None:
             read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
         _log_request(request, models.config)
@@ -99,6 +100,16 @@ def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
     """Return whether anything is encoded to latents or decoded from them."""
     parts, _ = OUTPUT_TYPES[outputs.output_type]
     return bool(config.images) or config.control or parts != ("latent",)
+
+
+def _check_start_image(request: Request) -> None:
+    width, height = output_size(request)
+    if max(width, height) > MAX_PIXELS:
+        raise UserError(
+            f"--image_path {request.image}: a video in its shape would be {width} wide and {height} high, and the "
+            f"model's positions end at {MAX_PIXELS} pixels",
+            fix="crop the picture",
+        )
 
 
 def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> None:
@@ -165,10 +176,13 @@ def _check_zero_star(requests: Sequence[Request], sampling: SamplingOptions) -> 
 
 def _check_loras(models: Models, shape: WanShape) -> None:
     """Raise UserError for a LoRA that cannot be read, or that was made for another model."""
+    files = models.lora.files()
+    if not files:
+        return
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(shape).named_parameters()}
     fix = f"use a LoRA that was trained for {models.config.name}"
-    for path, _ in models.lora.files():
+    for path, _ in files:
         where, sizes = f"--lora_weight {path}", delta_shapes(path)
         unknown = sorted(sizes.keys() - shapes.keys())
         if unknown:
@@ -191,9 +205,8 @@ def _check_encoders(models: Models, shape: WanShape) -> None:
             f"{where}: makes features of {widths[0]} channels, the DiT takes {shape.text_dim}",
             fix="use the text encoder that belongs to the DiT",
         )
-    tokenizer = models.t5.t5_tokenizer
-    if tokenizer is not None and not tokenizer.is_dir():
-        require_file(tokenizer, "--t5_tokenizer", "a tokenizer")
+    if models.t5.t5_tokenizer is not None:
+        load_tokenizer(models.t5.t5_tokenizer)
     if models.config.clip and models.config.images:
         with open_tensors(models.clip.clip, "--clip", "the weights of the CLIP image encoder") as weights:
             if describe(weights.keys()) != "a CLIP image encoder":

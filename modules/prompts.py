@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 PATCH_PIXELS = 16  # 8 by the VAE, 2 by the DiT's patches
 POSITIONS = 1024  # along each axis, in the DiT's own table
 MAX_PIXELS, MAX_FRAMES = POSITIONS * PATCH_PIXELS, 4 * (POSITIONS - 1) + 1
+MAX_STEPS = 1000  # as many as the timesteps of training
 MAX_SEED = 2**32 - 1
 
 
@@ -230,6 +231,11 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
     steps = (len(timesteps) or config.steps) if options.infer_steps is None else options.infer_steps
     if steps < 1:
         raise UserError(f"--infer_steps {steps}: at least one step is needed", fix=f"the default is {config.steps}")
+    if steps > MAX_STEPS:
+        raise UserError(
+            f"--infer_steps {steps}: more than {MAX_STEPS}, which is all that the model tells apart",
+            fix=f"the default is {config.steps}",
+        )
     if timesteps and steps != len(timesteps):
         raise UserError(f"--infer_steps {steps}: --timesteps lists {len(timesteps)}", fix="leave --infer_steps out")
     shift = options.flow_shift

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,11 @@ def test_guidance_of_the_noisy_steps_is_the_task_s_unless_given():
         ("t2v-14B", {"video_size": (488, 832)}, "--video_size 488 832: 488 pixels high is not a multiple of 16"),
         ("t2v-14B", {"video_size": (480, 840)}, "840 pixels wide is not a multiple of 16. Use 832 or 848."),
         ("t2v-14B", {"video_size": (480, 0)}, "0 pixels wide is not a multiple of 16. Use 16 or 32."),
+        (
+            "t2v-14B",
+            {"infer_steps": 1001},
+            "--infer_steps 1001: more than 1000, which is all that the model tells apart",
+        ),
         ("t2v-14B", {"timesteps": "1000,x"}, "--timesteps 1000,x: not numbers with commas between them. Write them as"),
         ("t2v-14B", {"timesteps": ""}, "--timesteps : not numbers"),
         ("t2v-14B", {"timesteps": "500,750"}, "--timesteps 500,750: must fall from at most 1000 and stay above 0"),
@@ -162,6 +168,17 @@ def test_a_value_that_cannot_be_used_is_refused(task, options, line):
     with pytest.raises(UserError) as error:
         ask(task, **options)
     assert line in str(error.value)
+
+
+@given(st.integers(16, 16384))
+def test_a_size_that_is_no_multiple_of_16_is_refused_with_the_two_nearest(pixels):
+    if pixels % 16 == 0:
+        assert ask(video_size=(pixels, 480)).height == pixels
+        return
+    with pytest.raises(UserError) as error:
+        ask(video_size=(480, pixels))
+    below, above = (int(word) for word in re.search(r"Use (\d+) or (\d+)\.", str(error.value)).groups())
+    assert below < pixels < above == below + 16 and below % 16 == 0
 
 
 def test_flf2v_needs_its_end_image(picture):

@@ -137,7 +137,7 @@ def test_the_exact_velocity_of_one_picture_recovers_it(solver, steps, shift):
     picture, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3))
     seen = []
     got = sample(
-        solver, lambda x, step: (x - picture) / step.sigma, noise, steps, shift, lambda step, x: seen.append(x)
+        solver, lambda x, step: (x - picture) / step.sigma, noise, steps, shift, lambda step, x, clean: seen.append(x)
     )
     torch.testing.assert_close(got, picture, rtol=0, atol=1e-3 if solver == "unipc" else 2e-5)
     assert len(seen) == steps
