@@ -9,8 +9,16 @@ On several GPUs: torchrun --nproc_per_node 2 wan_generate_video.py ...
 
 from modules.downloads import DownloadOptions, download_published
 from modules.generation import generate
-from modules.generation_options import GenerationCompileOptions, LoraOptions, Models, RunOptions, SamplingOptions
+from modules.generation_options import (
+    GenerationCompileOptions,
+    GenerationPairOptions,
+    Models,
+    RunOptions,
+    SamplingOptions,
+    generation_config,
+)
 from modules.generation_plan import check_generation, decode_files, plan_results
+from modules.lora_files import LoraOptions
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
 from modules.repeating import stored_options, warn_of_changes
@@ -33,13 +41,14 @@ def main() -> None:
 
 def plan_run(processes: Processes) -> tuple | None:
     """Return what generate() needs to know, checked; None where saved latents were decoded, or weights downloaded."""
-    prompts, outputs, sampling, lora, dit, vae, t5, clip, run, swap, compiling, downloads = parse_options(
+    prompts, outputs, sampling, lora, dit, pair, vae, t5, clip, run, swap, compiling, downloads = parse_options(
         __doc__,
         PromptOptions,
         OutputOptions,
         SamplingOptions,
         LoraOptions,
         DitOptions,
+        GenerationPairOptions,
         VaeOptions,
         T5Options,
         ClipOptions,
@@ -53,7 +62,8 @@ def plan_run(processes: Processes) -> tuple | None:
         download_published(TASKS[dit.task], downloads.download)
         return None
     device = processes.device(run.device)
-    models = Models(TASKS[dit.task], device, dit, vae, t5, clip, lora, run, swap, compiling.resolved())
+    config = generation_config(dit.task, pair)
+    models = Models(config, device, dit, vae, t5, clip, lora, run, swap, compiling.resolved(), pair)
     if outputs.latent_path:
         decode_files(models, outputs)
         return None

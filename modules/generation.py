@@ -42,6 +42,7 @@ from wan.conditioning import (
 from wan.configs import WanConfig
 from wan.memory import Step as MemoryStep
 from wan.model import WanModel
+from wan.pair import DitPair, prepare
 from wan.parallel import share_out
 from wan.vae import WanVAE
 
@@ -140,7 +141,7 @@ def skipped_blocks(sampling: SamplingOptions) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def denoise(
-    dit: WanModel,
+    dit: WanModel | DitPair,
     noise: Tensor,
     texts: Texts,
     condition: Condition,
@@ -333,9 +334,7 @@ def denoise_all(
     processes = processes or Processes()
     if processes.count > 1:
         guided = any(is_guided(request, models.config, sampling) for request in requests)
-        share_out(dit, processes.rank, processes.count, guided, models.compiling.compile)
-        if auto := getattr(dit, "auto_swap", None):
-            auto.alone = False
+        prepare(dit, partial(share_work, processes=processes, guided=guided, compiled=models.compiling.compile))
     latents: list[Tensor] = []
     steps, silent = sum(request.steps for request in requests), not processes.is_first
     with (
@@ -371,6 +370,13 @@ def denoise_all(
                 save_latent(result.files.latent, latent, result.metadata)
             latents.append(latent)
     return latents
+
+
+def share_work(dit: WanModel, processes: Processes, guided: bool, compiled: bool) -> None:
+    """Make a model's predictions the common work of all processes."""
+    share_out(dit, processes.rank, processes.count, guided, compiled)
+    if auto := getattr(dit, "auto_swap", None):
+        auto.alone = False
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import toml
-import torch
 
 from modules.generation import (
     decode_all,
@@ -21,10 +20,10 @@ from modules.generation import (
     skipped_blocks,
 )
 from modules.generation_options import Models, SamplingOptions
+from modules.lora_files import LoraFile, check_loras
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import PATCH_PIXELS, Request
 from modules.solvers import sigma_schedule
-from networks.formats import delta_shapes
 from utils.errors import UserError
 from utils.files import require_file
 from utils.identity import file_hash, weights_identity
@@ -36,7 +35,8 @@ from wan.compiling import check_compile
 from wan.configs import WanConfig
 from wan.dit_file import check_dit, check_fp8
 from wan.fp8 import check_fp8_fast
-from wan.model import WanModel, WanShape
+from wan.model import WanShape
+from wan.pair import check_pair
 from wan.parallel import split_of
 from wan.quantize import check_quantize
 from wan.vae import check_vae
@@ -74,6 +74,11 @@ def check_generation(
             f"--slg_layers {sampling.slg_layers}: there is no block {blocks[0]}",
             fix=f"this DiT's blocks are 0 to {shape.blocks - 1}",
         )
+    check_pair(
+        models.pair,
+        *(models.dit.dit, shape, models.config),
+        *(run.fp8 or run.fp8_scaled, run.fp8_scaled, run.fp8_fast, run.quantize),
+    )
     _check_loras(models, shape)
     _check_encoders(models, shape)
     if needs_vae(models.config, outputs):
@@ -115,19 +120,17 @@ def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> N
 
 
 def _check_loras(models: Models, shape: WanShape) -> None:
-    """Raise UserError for a LoRA that cannot be read, or that was made for another model."""
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(shape).named_parameters()}
-    fix = f"use a LoRA that was trained for {models.config.name}"
-    for path, _ in models.lora.files():
-        where, sizes = f"--lora_weight {path}", delta_shapes(path)
-        unknown = sorted(sizes.keys() - shapes.keys())
-        if unknown:
-            more = f"{len(unknown)} of its {len(sizes)} layers are not in the DiT"
-            raise UserError(f"{where}: {more}, e.g. {unknown[0]}", fix)
-        for name, size in sizes.items():
-            if size != shapes[name]:
-                raise UserError(f"{where}: made for a model of another size: {name} is {size}, not {shapes[name]}", fix)
+    """Raise UserError for LoRA files that do not go with the models they are for."""
+    low, high = models.lora.files(), models.lora.high_noise_files()
+    for files in (low, high):
+        check_loras(files, shape, models.config)
+    if high and models.pair.dit_high_noise is None:
+        raise UserError("--lora_weight_high_noise: is for --dit_high_noise", "use --lora_weight, or add that")
+    if models.pair.dit_high_noise is not None and bool(low) != bool(high):
+        lacking = "--lora_weight_high_noise" if low else "--lora_weight"
+        logger.warning("%s: not given, so one of the two models runs without a LoRA", lacking)
+    if models.lora.lycoris:
+        logger.info("--lycoris: files of LyCORIS are known by their keys")
 
 
 def _check_encoders(models: Models, shape: WanShape) -> None:
@@ -220,10 +223,8 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         "residual_dtype": models.dit.residual_dtype if models.dit.residual_dtype != "float32" else None,
         "fp8_fast": models.run.fp8_fast or None,
         "quantize": models.run.quantize,
-        "lora": [
-            {"file": path.name, "sha256": file_hash(path), "multiplier": multiplier}
-            for path, multiplier in models.lora.files()
-        ],
+        "lora": describe_loras(models.lora.files()),
+        **describe_pair(models),
         "software": f"wan-tuner {project_version()}",
         # By which --from_metadata makes it again, and knows whether the weights are the same.
         "options": {
@@ -234,6 +235,31 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         },
     }
     return {name: value for name, value in described.items() if value not in (None, [])}
+
+
+def describe_pair(models: Models) -> dict[str, Any]:
+    """Return what is to be said of the second model of Wan2.2, where there is one."""
+    if models.pair.dit_high_noise is None:
+        return {}
+    return {
+        "dit_high_noise": models.pair.dit_high_noise.name,
+        "timestep_boundary": models.config.boundary,
+        "lora_high_noise": describe_loras(models.lora.high_noise_files()),
+    }
+
+
+def describe_loras(files: Sequence[LoraFile]) -> list[dict[str, Any]]:
+    """Return LoRA files by name and hash, with what of them counts."""
+    return [
+        {
+            "file": file.path.name,
+            "sha256": file_hash(file.path),
+            "multiplier": file.multiplier,
+            **({"include": file.include.pattern} if file.include else {}),
+            **({"exclude": file.exclude.pattern} if file.exclude else {}),
+        }
+        for file in files
+    ]
 
 
 def project_version() -> str:

@@ -45,10 +45,20 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "sigmoid_scale": timesteps.sigmoid_scale,
         "discrete_flow_shift": timesteps.discrete_flow_shift,
         "datasets": summary.metadata,
+        "task": plan.config.name,
         "sd_model_name": Path(options.dit.dit).name,
+        **pair_metadata(plan),
         **({"vae_name": Path(options.vae.vae).name} if options.vae.vae else {}),
     }
     family = "wan2.2" if plan.config.boundary else "wan2.1"
     bounds = (timesteps.min_timestep, timesteps.max_timestep)
     model = model_metadata(options.metadata, options.saving.output_name, family, trained.architecture, bounds)
     return {**trained.file_metadata(), **training_metadata(values), **model}
+
+
+def pair_metadata(plan: Plan) -> dict[str, str | float]:
+    """Return what a file says of the second model it was trained for, and from which noise level on that was used."""
+    high = plan.options.pair.dit_high_noise
+    if high is None:
+        return {}
+    return {"sd_model_name_high_noise": high.name, "timestep_boundary": plan.config.boundary}
