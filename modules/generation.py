@@ -1,14 +1,12 @@
 """Requests > embeddings > latents > pixels > files: the only path, with one model on the device at a time."""
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 import torch
@@ -16,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.decoding import MediaError, decoded_frames, load_image
-from dataset.media import resize_to_bucket
+from dataset.decoding import load_image
+from modules.clips import read_clip
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
 from modules.latent_encoding import as_pixels
@@ -26,6 +24,7 @@ from modules.prompts import Request
 from modules.solvers import Step, Velocity, sample
 from modules.text_caching import load_text_encoder
 from modules.video_files import MP4, VideoFormat
+from modules.video_to_video import encode_video, first_step, start
 from modules.watching import PartialKeeper, Previewer, Watcher, latent_colours
 from utils.devices import compute_dtype, release_memory
 from utils.errors import UserError
@@ -65,6 +64,7 @@ class Condition:
 
     y: Tensor | None = None  # [C f h w]: mask, image, control
     image_features: Tensor | None = None  # [1 257 1280], or [2 257 1280] for a first and a last picture
+    video: Tensor | None = None  # [16 f h w]: the latents to start from
 
 
 # ------------------------------------------------------------------------------------------------------ denoising
@@ -150,8 +150,12 @@ def denoise(
     scale: Scale,
     sampling: SamplingOptions,
     on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
+    first: int = 0,
 ) -> Tensor:
-    """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes; on_step: see sample()."""
+    """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes; on_step: see sample().
+
+    first: number of the step to begin with, where what is called noise here has as much of it as belongs there.
+    """
 
     def predicting(name: str) -> Velocity:
         def velocity(x: Tensor, step: Step) -> Tensor:
@@ -184,7 +188,7 @@ def denoise(
         scale=scale,
         slg_scale=sampling.slg_scale,
     )
-    return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step)[0]
+    return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step, first)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- stages
@@ -208,7 +212,7 @@ def generate(
     features = processes.first(lambda: encode_pictures(requests, models))
     release_memory(models.device)
     conditions, vae = [Condition()] * len(requests), None
-    if models.config.images or models.config.control:
+    if models.config.images or models.config.control or any(request.video for request in requests):
         vae = models.load_vae() if processes.is_first else None
         conditions = processes.first(lambda: encode_conditions(requests, features, vae, models.config))
         if vae:
@@ -265,17 +269,21 @@ def encode_pictures(requests: Sequence[Request], models: Models) -> list[Tensor 
 def encode_conditions(
     requests: Sequence[Request], features: Sequence[Tensor | None], vae: WanVAE, config: WanConfig
 ) -> list[Condition]:
-    """Return what the DiT sees of each request's pictures and control video."""
+    """Return what the DiT sees of each request's pictures and control video, and the video that it starts from."""
     progress = tqdm(requests, desc="encoding conditions", unit="video")
     return [
-        Condition(encode_condition(request, vae, config), image_features)
+        Condition(
+            encode_condition(request, vae, config),
+            image_features,
+            encode_video(request, vae, output_frames(request, config), *output_size(request)),
+        )
         for request, image_features in zip(progress, features, strict=True)
     ]
 
 
 @torch.inference_mode()
-def encode_condition(request: Request, vae: WanVAE, config: WanConfig) -> Tensor:
-    """Return the channels [C f h w] that the DiT sees beside the noise: of the pictures, of the control video."""
+def encode_condition(request: Request, vae: WanVAE, config: WanConfig) -> Tensor | None:
+    """Return the channels [C f h w] that the DiT sees beside the noise: of pictures, of a control video, if any."""
     width, height = output_size(request)
     y = None
     if config.images:
@@ -301,16 +309,7 @@ def picture_pixels(path: Path, width: int, height: int) -> Tensor:
 
 def read_control(path: Path, frames: int, width: int, height: int) -> np.ndarray:
     """Return the first frames of a control video or folder of pictures, scaled and cropped: uint8 [F H W 3]."""
-    try:
-        read = list(itertools.islice(decoded_frames(path), frames))
-    except (MediaError, av.error.FFmpegError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--control_path {path}: cannot be read ({error})", fix="use an mp4 file") from None
-    if len(read) < frames:
-        raise UserError(
-            f"--control_path {path}: {len(read)} frames, the video is to have {frames}",
-            fix="use a longer one or a smaller --video_length",
-        )
-    return np.stack([resize_to_bucket(frame, (width, height)) for frame in read])
+    return read_clip(path, frames, width, height, "--control_path")
 
 
 def denoise_all(
@@ -336,7 +335,8 @@ def denoise_all(
         guided = any(is_guided(request, models.config, sampling) for request in requests)
         prepare(dit, partial(share_work, processes=processes, guided=guided, compiled=models.compiling.compile))
     latents: list[Tensor] = []
-    steps, silent = sum(request.steps for request in requests), not processes.is_first
+    steps = sum(request.steps - first_step(request, sampling.sample_solver) for request in requests)
+    silent = not processes.is_first
     with (
         tqdm(total=steps, desc="denoising", unit="step", disable=silent) as progress,
         contextlib.nullcontext() if silent else kept_on_failure(latents, results),
@@ -350,9 +350,11 @@ def denoise_all(
             width, height = output_size(request)
             frames = output_frames(request, models.config)
             drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
+            noise = processes.first(drawn).to(models.device)
+            x, first = start(request, sampling.sample_solver, noise, condition.video)
             latent = denoise(
                 dit,
-                processes.first(drawn).to(models.device),
+                x,
                 text,
                 condition,
                 request.steps,
@@ -360,6 +362,7 @@ def denoise_all(
                 guidance_of(request, models.config),
                 sampling,
                 on_step,
+                first,
             ).cpu()
             if not bool(torch.isfinite(latent).all()):
                 raise UserError(

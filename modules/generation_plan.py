@@ -10,6 +10,7 @@ from typing import Any
 
 import toml
 
+from modules.clips import read_clip
 from modules.generation import (
     decode_all,
     decoded_frame_count,
@@ -24,6 +25,7 @@ from modules.lora_files import LoraFile, check_loras
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import PATCH_PIXELS, Request
 from modules.solvers import sigma_schedule
+from modules.video_to_video import log_start
 from utils.errors import UserError
 from utils.files import require_file
 from utils.identity import file_hash, weights_identity
@@ -81,13 +83,16 @@ def check_generation(
     )
     _check_loras(models, shape)
     _check_encoders(models, shape)
-    if needs_vae(models.config, outputs):
+    if needs_vae(models.config, outputs) or any(request.video for request in requests):
         # Whole, too: it may be needed only after the long denoising.
         check_vae(models.vae.vae)
     for request in requests:
         if request.control is not None:
             read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
+        if request.video is not None:
+            read_clip(request.video, output_frames(request, models.config), *[PATCH_PIXELS] * 2, "--video_path")
         _log_request(request, models.config)
+        log_start(request, sampling.sample_solver)
 
 
 def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
@@ -203,6 +208,8 @@ def describe_request(request: Request, models: Models, sampling: SamplingOptions
     if models.config.boundary is not None:
         described["guidance_scale_high_noise"] = request.guidance_scale_high_noise
     pictures = {"image_path": request.image, "end_image_path": request.end_image, "control_path": request.control}
+    if request.video is not None:
+        pictures["video_path"], described["strength"] = request.video, request.strength
     described.update({name: str(path.absolute()) for name, path in pictures.items() if path is not None})
     return described
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from modules.clips import count_frames
 from utils.errors import UserError
 from utils.files import require_file
 from utils.options import option
@@ -22,6 +23,7 @@ PATCH_PIXELS = 16  # 8 by the VAE, 2 by the DiT's patches
 POSITIONS = 1024  # along each axis, in the DiT's own table
 MAX_PIXELS, MAX_FRAMES = POSITIONS * PATCH_PIXELS, 4 * (POSITIONS - 1) + 1
 MAX_SEED = 2**32 - 1
+DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class PromptOptions:
     image_path: Path | None = option(None, "start image of the i2v and flf2v tasks")
     end_image_path: Path | None = option(None, "end image; needed by flf2v, possible with i2v")
     control_path: Path | None = option(None, "control video, or folder of pictures, of the -FC tasks")
+    video_path: Path | None = option(None, "video, picture or folder of pictures to start from instead of noise")
+    strength: float | None = option(
+        None,
+        "with --video_path: noise level to start at, from 0, which leaves it as it is, to 1, which forgets it "
+        f"(default: {DEFAULT_STRENGTH})",
+    )
     from_metadata: Path | None = option(
         None, "make this video, picture or latent again, by what it says of itself; typed options win"
     )
@@ -70,6 +78,8 @@ class Request:
     image: Path | None = None
     end_image: Path | None = None
     control: Path | None = None
+    video: Path | None = None  # to start from
+    strength: float = 1.0  # noise level to start at
 
 
 class Letter(NamedTuple):
@@ -217,13 +227,14 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
         negative_prompt=options.negative_prompt or config.negative_prefix + DEFAULT_NEGATIVE_PROMPT,
         width=width,
         height=height,
-        frames=frame_count(options.video_length, config),
+        frames=frame_count(available_frames(options, config), config),
         steps=steps,
         flow_shift=shift,
         guidance_scale=guidance,
         guidance_scale_high_noise=guidance_high,
         seed=seed,
         **_pictures(options, config),
+        **_start(options),
     )
 
 
@@ -290,6 +301,26 @@ def _pictures(options: PromptOptions, config: WanConfig) -> dict[str, Path | Non
     if options.control_path is not None and not options.control_path.is_dir():
         require_file(options.control_path, "--control_path", "a control video")
     return {"image": options.image_path, "end_image": options.end_image_path, "control": options.control_path}
+
+
+def _start(options: PromptOptions) -> dict[str, Any]:
+    """Return the checked video to start from, if any, and the noise level to start at."""
+    path, strength = options.video_path, options.strength
+    if strength is not None and not 0 <= strength <= 1:
+        raise UserError(f"--strength {strength:g}: must be from 0 to 1", fix=f"the default is {DEFAULT_STRENGTH}")
+    if path is None:
+        if strength is not None:
+            raise UserError(f"--strength {strength:g}: is for --video_path", fix="give that, or leave it out")
+        return {}
+    return {"video": path, "strength": DEFAULT_STRENGTH if strength is None else strength}
+
+
+def available_frames(options: PromptOptions, config: WanConfig) -> int | None:
+    """Return --video_length, or where it is left out the frames of a --video_path that has fewer than the default."""
+    if options.video_path is None or options.video_length is not None:
+        return options.video_length
+    frames = count_frames(options.video_path, "--video_path", config.frames)
+    return None if frames >= config.frames else (frames - 1) // 4 * 4 + 1
 
 
 def check_picture(path: Path, option: str) -> None:

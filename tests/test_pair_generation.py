@@ -89,12 +89,13 @@ def generate(monkeypatch, models, tmp_path):
     def run(name, **options):
         given = {"task": "t2v-A14B", "dit_high_noise": high, "infer_steps": 4, "flow_shift": 5.0, **options}
         path = tmp_path / f"{name}.safetensors"
-        words = arguments(models, **{"output_type": "latent", "vae": None, "save_path": path, **given})
+        words = arguments(
+            {**models, "high": high}, **{"output_type": "latent", "vae": None, "save_path": path, **given}
+        )
         monkeypatch.setattr(sys, "argv", ["wan_generate_video.py", *words])
         wan_generate_video.main()
         return load_file(path)["latent"]
 
-    run.high = high
     return run
 
 
@@ -121,7 +122,7 @@ def test_each_model_has_its_steps_guidance_and_loras(generate, lora, models, cap
     assert torch.equal(generate("same", dit_high_noise=models["dit_t2v"]), low_only)
     both = generate("both")
     assert not torch.equal(both, low_only)
-    for name, boundary, alone in (("all_high", 1e-4, {"dit": generate.high}), ("all_low", 999.9, {})):
+    for name, boundary, alone in (("all_high", 1e-4, {"dit": "high"}), ("all_low", 999.9, {})):
         one = generate(f"{name}_alone", **alone, dit_high_noise=None, timestep_boundary=boundary)
         assert torch.equal(generate(name, timestep_boundary=boundary), one)
     caplog.clear()
