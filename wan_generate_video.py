@@ -19,6 +19,7 @@ from modules.generation_options import (
 )
 from modules.generation_plan import check_generation, decode_files, plan_results
 from modules.lora_files import LoraOptions
+from modules.merged_model import save_merged_model
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
 from modules.repeating import stored_options, warn_of_changes
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def plan_run(processes: Processes) -> tuple | None:
-    """Return what generate() needs to know, checked; None where saved latents were decoded, or weights downloaded."""
+    """Return what generate() needs to know, checked; None where something else was to be done, and is."""
     prompts, outputs, sampling, lora, dit, pair, vae, t5, clip, run, swap, compiling, downloads = parse_options(
         __doc__,
         PromptOptions,
@@ -64,6 +65,9 @@ def plan_run(processes: Processes) -> tuple | None:
     device = processes.device(run.device)
     config = generation_config(dit.task, pair)
     models = Models(config, device, dit, vae, t5, clip, lora, run, swap, compiling.resolved(), pair)
+    if lora.save_merged_model:
+        save_merged_model(models, lora.save_merged_model)
+        return None
     if outputs.latent_path:
         decode_files(models, outputs)
         return None

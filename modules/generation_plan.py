@@ -232,7 +232,7 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         "quantize": models.run.quantize,
         "lora": describe_loras(models.lora.files()),
         **describe_pair(models),
-        "software": f"wan-tuner {project_version()}",
+        "software": software(),
         # By which --from_metadata makes it again, and knows whether the weights are the same.
         "options": {
             name: value for group in (sampling, *models.groups()) for name, value in given_options(group).items()
@@ -267,6 +267,11 @@ def describe_loras(files: Sequence[LoraFile]) -> list[dict[str, Any]]:
         }
         for file in files
     ]
+
+
+def software() -> str:
+    """Return what a file says of the program that made it."""
+    return f"wan-tuner {project_version()}"
 
 
 def project_version() -> str:

@@ -77,6 +77,9 @@ class LoraOptions:
         (), "a regular expression for each LoRA in turn: only layers in whose keys it is found", metavar="REGEX"
     )
     exclude_patterns: tuple[str, ...] = option((), "the same: not those in whose keys it is found", metavar="REGEX")
+    save_merged_model: Path | None = option(
+        None, "write --dit with its LoRA files merged to this .safetensors file, and do nothing else"
+    )
     lycoris: bool = option(False, "accepted for musubi-tuner's command lines: files of LyCORIS are known by their keys")
 
     def files(self) -> list[LoraFile]:
