@@ -20,6 +20,7 @@ from modules.generation_options import (
 from modules.generation_plan import check_generation, decode_files, plan_results
 from modules.lora_files import LoraOptions
 from modules.merged_model import save_merged_model
+from modules.official_folder import FolderOptions, from_folder
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
 from modules.repeating import stored_options, warn_of_changes
@@ -42,12 +43,13 @@ def main() -> None:
 
 def plan_run(processes: Processes) -> tuple | None:
     """Return what generate() needs to know, checked; None where something else was to be done, and is."""
-    prompts, outputs, sampling, lora, dit, pair, vae, t5, clip, run, swap, compiling, downloads = parse_options(
+    prompts, outputs, sampling, lora, folder, dit, pair, vae, t5, clip, run, swap, compiling, downloads = parse_options(
         __doc__,
         PromptOptions,
         OutputOptions,
         SamplingOptions,
         LoraOptions,
+        FolderOptions,
         DitOptions,
         GenerationPairOptions,
         VaeOptions,
@@ -63,6 +65,7 @@ def plan_run(processes: Processes) -> tuple | None:
         download_published(TASKS[dit.task], downloads.download)
         return None
     device = processes.device(run.device)
+    dit, pair, vae, t5, clip = from_folder(folder.ckpt_dir, TASKS[dit.task], dit, pair, vae, t5, clip)
     config = generation_config(dit.task, pair)
     models = Models(config, device, dit, vae, t5, clip, lora, run, swap, compiling.resolved(), pair)
     if lora.save_merged_model:
