@@ -18,13 +18,14 @@ from modules.generation_options import (
     generation_config,
 )
 from modules.generation_plan import check_generation, decode_files, plan_results
+from modules.interactive import converse
 from modules.lora_files import LoraOptions
 from modules.merged_model import save_merged_model
 from modules.official_folder import FolderOptions, from_folder
 from modules.outputs import OutputOptions, check_outputs
 from modules.prompts import PromptOptions, read_requests
 from modules.repeating import stored_options, warn_of_changes
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.options import parse_options
 from utils.processes import Processes, joined
 from wan.block_swap import SwapOptions
@@ -73,6 +74,11 @@ def plan_run(processes: Processes) -> tuple | None:
         return None
     if outputs.latent_path:
         decode_files(models, outputs)
+        return None
+    if prompts.interactive:
+        if processes.count > 1:
+            raise UserError(f"--interactive: is not for {processes.count} processes", "start one")
+        converse(prompts, models, sampling, outputs)
         return None
     requests = read_requests(prompts, models.config)
     if prompts.from_metadata:

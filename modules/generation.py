@@ -243,7 +243,7 @@ def encode_prompts(requests: Sequence[Request], models: Models, sampling: Sampli
         negative = is_guided(request, models.config, sampling)
         wanted.append((request.prompt, request.negative_prompt if negative else None))
     different = dict.fromkeys(text for pair in wanted for text in pair if text is not None)
-    t5 = load_text_encoder(models.t5, models.device)
+    t5 = models.kept("t5", lambda: load_text_encoder(models.t5, models.device))
     encoded = {text: t5.encode([text])[0] for text in tqdm(different, desc="encoding prompts", unit="text")}
     return [Texts(encoded[prompt], encoded.get(negative)) for prompt, negative in wanted]
 
@@ -258,7 +258,8 @@ def encode_pictures(requests: Sequence[Request], models: Models) -> list[Tensor 
         return [None] * len(requests)
     pictures = [[request.image, request.end_image][: len(config.images)] for request in requests]
     different = dict.fromkeys(path for paths in pictures for path in paths)
-    clip = load_clip(models.clip.clip, compute_dtype(torch.float16, models.device), models.device)
+    dtype = compute_dtype(torch.float16, models.device)
+    clip = models.kept("clip", lambda: load_clip(models.clip.clip, dtype, models.device))
     encoded = {
         path: clip.encode(as_pixels(load_image(path))[None])[0]
         for path in tqdm(different, desc="encoding pictures", unit="picture")

@@ -1,10 +1,11 @@
 """How to generate and with which models: the options of generation, and what loads its models by them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -29,6 +30,7 @@ from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,10 @@ class Models:
             residual_dtype=parse_dtype(self.dit.residual_dtype),
             option=option,
         )
+
+    def kept(self, name: str, load: Callable[[], Loaded]) -> Loaded:
+        """Return what load() does; those who keep models (modules/interactive.py) load each, known by a name, once."""
+        return load()
 
     def load_vae(self) -> WanVAE:
         dtype = parse_dtype(self.vae.vae_dtype) if self.vae.vae_dtype else compute_dtype(torch.bfloat16, self.device)

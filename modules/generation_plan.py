@@ -61,7 +61,7 @@ def check_generation(
     """
     check_attention(models.run.attn_mode, f"--attn_mode {models.run.attn_mode}")
     check_compile(models.compiling, models.device)
-    _check_sampling(requests, sampling)
+    _check_sampling(sampling)
     shape = check_dit(models.dit.dit, models.config)
     run = models.run
     check_fp8(models.dit.dit, run.fp8 or run.fp8_scaled, run.fp8_scaled, run.fp8_fast, run.quantize)
@@ -87,12 +87,18 @@ def check_generation(
         # Whole, too: it may be needed only after the long denoising.
         check_vae(models.vae.vae)
     for request in requests:
-        if request.control is not None:
-            read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
-        if request.video is not None:
-            read_clip(request.video, output_frames(request, models.config), *[PATCH_PIXELS] * 2, "--video_path")
-        _log_request(request, models.config)
-        log_start(request, sampling.sample_solver)
+        check_request(request, models.config, sampling)
+
+
+def check_request(request: Request, config: WanConfig, sampling: SamplingOptions) -> None:
+    """Raise UserError for what of a single request would fail later; log what will be made."""
+    sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift)
+    if request.control is not None:
+        read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
+    if request.video is not None:
+        read_clip(request.video, output_frames(request, config), *[PATCH_PIXELS] * 2, "--video_path")
+    _log_request(request, config)
+    log_start(request, sampling.sample_solver)
 
 
 def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
@@ -101,7 +107,7 @@ def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
     return bool(config.images) or config.control or parts != ("latent",)
 
 
-def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> None:
+def _check_sampling(sampling: SamplingOptions) -> None:
     ratio = sampling.cfg_apply_ratio
     if ratio is not None and not 0 <= ratio <= 1:
         raise UserError(f"--cfg_apply_ratio {ratio}: must be from 0 to 1", fix="0.5 leaves out every other step")
@@ -120,8 +126,6 @@ def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> N
             )
     if not math.isfinite(sampling.slg_scale):
         raise UserError(f"--slg_scale {sampling.slg_scale}: not a usable number", fix="the default is 3.0")
-    for request in requests:
-        sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift)
 
 
 def _check_loras(models: Models, shape: WanShape) -> None:

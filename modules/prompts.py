@@ -36,6 +36,7 @@ class PromptOptions:
         None,
         "text file with a prompt on each line, and behind it --w --h --f --d --s --g --fs --n --i --ei --cn",
     )
+    interactive: bool = option(False, "ask for prompts, such lines too, with models that stay loaded in between")
     video_size: tuple[int, int] = option((256, 256), "height and width in pixels", metavar=("HEIGHT", "WIDTH"))
     video_length: int | None = option(None, "frames, 4 n + 1; left out: 81, or 1 for t2i")
     infer_steps: int | None = option(None, "denoising steps; left out: the task's default, 40 or 50")
@@ -178,7 +179,7 @@ def read_requests(options: PromptOptions, config: WanConfig) -> list[Request]:
         if not line.strip() or line.strip().startswith("#"):
             continue
         try:
-            requests.append(make_request(_line_options(parse_inference_prompt(line), options), config))
+            requests.append(make_request(line_options(parse_inference_prompt(line), options), config))
         except UserError as error:
             raise UserError(f"--from_file {path}, line {number}: {error.problem}", error.fix) from None
     if not requests:
@@ -186,7 +187,7 @@ def read_requests(options: PromptOptions, config: WanConfig) -> list[Request]:
     return requests
 
 
-def _line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions:
+def line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions:
     """Return the command line's options with those of one prompt line in their place."""
     height, width = options.video_size
     size = (line.pop("video_size_height", height), line.pop("video_size_width", width))

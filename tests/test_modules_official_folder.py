@@ -89,9 +89,7 @@ def test_a_folder_is_all_that_a_video_takes(models, monkeypatch, tmp_path):
         ("folder", dict.fromkeys(("dit", "vae", "t5", "t5_tokenizer")) | {"ckpt_dir": repo}),
     ):
         path = tmp_path / f"{name}.safetensors"
-        monkeypatch.setattr(
-            sys, "argv", ["x", *arguments(models, save_path=path, output_type="latent", **how)]
-        )
+        monkeypatch.setattr(sys, "argv", ["x", *arguments(models, save_path=path, output_type="latent", **how)])
         wan_generate_video.main()
         latents.append(load_file(path)["latent"])
     assert torch.equal(*latents)

@@ -116,9 +116,7 @@ def load_pair(
         logger.info("--blocks_to_swap auto: the model that is not in use waits in main memory")
         offload = True
     files = {False: (low, "--dit"), True: (options.dit_high_noise, HIGH)}
-    pinned = swap.use_pinned_memory_for_block_swap
-    parking = CudaDevice(device, pinned) if device.type == "cuda" else CpuDevice()
-    return DitPair(lambda high: load(*files[high]), config.boundary, parking, offload, lazy)
+    return DitPair(lambda high: load(*files[high]), config.boundary, parking_device(device, swap), offload, lazy)
 
 
 class DitPair:
@@ -292,6 +290,13 @@ def prepare(dit: "WanModel | DitPair", change: Callable[[WanModel], None]) -> No
 
 
 # ------------------------------------------------------------------------------------------------ from here to there
+def parking_device(device: torch.device, swap: SwapOptions) -> Device:
+    """Return how whole models get from a device to main memory and back."""
+    if device.type == "cuda":
+        return CudaDevice(device, swap.use_pinned_memory_for_block_swap)
+    return CpuDevice()
+
+
 def park(model: WanModel, device: Device) -> None:
     """Move a model to main memory, where it waits to be exchanged or fetched."""
     _rest(model)
