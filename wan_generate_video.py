@@ -8,7 +8,7 @@ On several GPUs: torchrun --nproc_per_node 2 wan_generate_video.py ...
 """
 
 from modules.downloads import DownloadOptions, download_published
-from modules.generation import generate
+from modules.generation import generate, go_on
 from modules.generation_options import (
     GenerationCompileOptions,
     GenerationPairOptions,
@@ -85,7 +85,10 @@ def plan_run(processes: Processes) -> tuple | None:
         warn_of_changes(prompts.from_metadata, models)
     check_outputs(outputs, len(requests))
     check_generation(requests, models, sampling, outputs, processes.count)
-    return requests, models, sampling, plan_results(requests, models, sampling, outputs), outputs
+    results = plan_results(requests, models, sampling, outputs, prompts.from_file if prompts.skip_existing else None)
+    if prompts.skip_existing:
+        requests, results = go_on(requests, results, models, outputs)
+    return (requests, models, sampling, results, outputs) if requests else None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from modules.guidance import Scale, guidance_pattern, guided, predictions, scale
 from modules.latent_encoding import as_pixels
 from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent
 from modules.prompts import Request
+from modules.resuming import Failures, left_to_make
 from modules.solvers import Step, Velocity, sample
 from modules.text_caching import load_text_encoder
 from modules.video_files import MP4, VideoFormat
@@ -227,13 +228,17 @@ def generate(
             release_memory(models.device)
         if outputs.save_partial:
             watchers.append(PartialKeeper())
+    failures = Failures(len(requests)) if processes.count == 1 else None
     with auto_recommended(models.swap):
-        latents = denoise_all(requests, texts, conditions, models, sampling, results, processes, watchers)
+        found = denoise_all(requests, texts, conditions, models, sampling, results, processes, watchers, failures)
+    made = [(latent, result) for latent, result in zip(found, results, strict=True) if latent is not None]
     release_memory(models.device)
     processes.leave()
-    if processes.is_first and any(result.files.video or result.files.images for result in results):
+    if processes.is_first and any(result.files.video or result.files.images for _, result in made):
         vae = vae.to(models.device) if vae else models.load_vae()
-        decode_all(latents, results, vae, outputs.fps, outputs.encoding())
+        decode_all(*zip(*made, strict=True), vae, outputs.fps, outputs.encoding())
+    if failures:
+        failures.end()
 
 
 def encode_prompts(requests: Sequence[Request], models: Models, sampling: SamplingOptions) -> list[Texts]:
@@ -322,8 +327,12 @@ def denoise_all(
     results: Sequence[Result],
     processes: Processes | None = None,
     watchers: Sequence[Watcher] = (),
-) -> list[Tensor]:
-    """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
+    failures: Failures | None = None,
+) -> list[Tensor | None]:
+    """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once.
+
+    failures: notes what keeps one from being made, which then is None; else it ends all.
+    """
 
     def on_step(step: Step, x: Tensor, clean: Tensor) -> None:
         for watcher in watchers:
@@ -335,7 +344,7 @@ def denoise_all(
     if processes.count > 1:
         guided = any(is_guided(request, models.config, sampling) for request in requests)
         prepare(dit, partial(share_work, processes=processes, guided=guided, compiled=models.compiling.compile))
-    latents: list[Tensor] = []
+    latents: list[Tensor | None] = []
     steps = sum(request.steps - first_step(request, sampling.sample_solver) for request in requests)
     silent = not processes.is_first
     with (
@@ -348,30 +357,34 @@ def denoise_all(
         for request, text, condition, result in zip(requests, texts, conditions, results, strict=True):
             for watcher in watchers:
                 watcher.begin(result)
-            width, height = output_size(request)
-            frames = output_frames(request, models.config)
-            drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
-            noise = processes.first(drawn).to(models.device)
-            x, first = start(request, sampling.sample_solver, noise, condition.video)
-            latent = denoise(
-                dit,
-                x,
-                text,
-                condition,
-                request.steps,
-                request.flow_shift,
-                guidance_of(request, models.config),
-                sampling,
-                on_step,
-                first,
-            ).cpu()
-            if not bool(torch.isfinite(latent).all()):
-                raise UserError(
-                    f"--seed {request.seed}: the latents are not finite",
-                    fix="use --dit weights in bf16, no --fp8, or a lower --guidance_scale",
-                )
-            if result.files.latent and not silent:
-                save_latent(result.files.latent, latent, result.metadata)
+            latent = None
+            with failures.attempt(request) if failures else contextlib.nullcontext():
+                width, height = output_size(request)
+                frames = output_frames(request, models.config)
+                drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
+                noise = processes.first(drawn).to(models.device)
+                x, first = start(request, sampling.sample_solver, noise, condition.video)
+                made = denoise(
+                    dit,
+                    x,
+                    text,
+                    condition,
+                    request.steps,
+                    request.flow_shift,
+                    guidance_of(request, models.config),
+                    sampling,
+                    on_step,
+                    first,
+                ).cpu()
+                if not bool(torch.isfinite(made).all()):
+                    raise UserError(
+                        f"--seed {request.seed}: the latents are not finite",
+                        fix="use --dit weights in bf16, no --fp8, or a lower --guidance_scale",
+                    )
+                latent = made
+            if latent is not None and not silent:
+                for path in filter(None, (result.files.latent, result.waiting)):
+                    save_latent(path, latent, result.metadata)
             latents.append(latent)
     return latents
 
@@ -385,7 +398,7 @@ def share_work(dit: WanModel, processes: Processes, guided: bool, compiled: bool
 
 @contextlib.contextmanager
 def kept_on_failure(
-    latents: Sequence[Tensor], results: Sequence[Result], decoded: Sequence[Result] = ()
+    latents: Sequence[Tensor | None], results: Sequence[Result], decoded: Sequence[Result] = ()
 ) -> Iterator[None]:
     """Write the latents of results that are not decoded if the body fails: each took minutes, and is small.
 
@@ -397,7 +410,7 @@ def kept_on_failure(
         with contextlib.suppress(OSError):  # a full disk is what has failed already
             for latent, result in list(zip(latents, results, strict=False))[len(decoded) :]:
                 named = result.files.video or result.files.images
-                if named and not result.files.latent:
+                if latent is not None and named and not (result.files.latent or result.waiting):
                     path = named.with_name(f"{named.stem}_latent.safetensors")
                     save_latent(path, latent, result.metadata)
                     logger.warning("not decoded, but kept: continue with --latent_path %s", path)
@@ -425,6 +438,8 @@ def decode_all(
                         write(frame)
                         progress.update()
             decoded.append(result)
+            if result.waiting:
+                result.waiting.unlink(missing_ok=True)
 
 
 def as_frames(pixels: Tensor, bits: int = 8) -> np.ndarray:
@@ -436,3 +451,13 @@ def as_frames(pixels: Tensor, bits: int = 8) -> np.ndarray:
 def decoded_frame_count(latent: Tensor) -> int:
     """Return how many frames a latent [16 f h w] decodes to."""
     return VAE_FRAMES * (latent.shape[1] - 1) + 1
+
+
+def go_on(
+    requests: Sequence[Request], results: Sequence[Result], models: Models, outputs: OutputOptions
+) -> tuple[list[Request], list[Result]]:
+    """Return the requests that no earlier run has made, with their results; decode what only waits for that."""
+    requests, results, waiting = left_to_make(requests, results)
+    if waiting:
+        decode_all(*zip(*waiting, strict=True), models.load_vae(), outputs.fps, outputs.encoding())
+    return requests, results

@@ -24,6 +24,7 @@ from modules.generation_options import Models, SamplingOptions
 from modules.lora_files import LoraFile, check_loras
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import PATCH_PIXELS, Request
+from modules.resuming import stem_of, with_latents_kept
 from modules.solvers import sigma_schedule
 from modules.video_to_video import log_start
 from utils.errors import UserError
@@ -184,16 +185,26 @@ def _log_request(request: Request, config: WanConfig) -> None:
 
 # -------------------------------------------------------------------------------------------------------- results
 def plan_results(
-    requests: Sequence[Request], models: Models, sampling: SamplingOptions, outputs: OutputOptions
+    requests: Sequence[Request],
+    models: Models,
+    sampling: SamplingOptions,
+    outputs: OutputOptions,
+    lines: Path | None = None,
 ) -> list[Result]:
-    """Return where each request's latent goes, with the metadata that say how it was made."""
+    """Return where each request's latent goes, with the metadata that say how it was made.
+
+    lines: the file that they are lines of, after which and what is in them their files are to be named.
+    """
     kept = [max(output_frames(request, models.config) - outputs.trim_tail_frames, 1) for request in requests]
-    files = plan_files(outputs, list(zip([request.seed for request in requests], kept, strict=True)))
-    run = {} if outputs.no_metadata else describe_run(models, sampling)
-    return [
-        Result(places, frames, None if outputs.no_metadata else {**describe_request(request, models, sampling), **run})
-        for request, places, frames in zip(requests, files, kept, strict=True)
+    run = {} if outputs.no_metadata and lines is None else describe_run(models, sampling)
+    described = [{**describe_request(request, models, sampling), **run} for request in requests]
+    stems = [] if lines is None else [stem_of(lines, each) for each in described]
+    files = plan_files(outputs, list(zip([request.seed for request in requests], kept, strict=True)), stems=stems)
+    results = [
+        Result(places, frames, None if outputs.no_metadata else metadata)
+        for metadata, places, frames in zip(described, files, kept, strict=True)
     ]
+    return results if lines is None else with_latents_kept(results)
 
 
 def describe_request(request: Request, models: Models, sampling: SamplingOptions) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What is asked for: command lines and prompt lines turned into requests, every value of them checked."""
 
+import hashlib
 import logging
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -35,6 +37,9 @@ class PromptOptions:
     from_file: Path | None = option(
         None,
         "text file with a prompt on each line, and behind it --w --h --f --d --s --g --fs --n --i --ei --cn",
+    )
+    skip_existing: bool = option(
+        False, "with --from_file: name files after their lines, leave out lines whose files are there, and go on"
     )
     interactive: bool = option(False, "ask for prompts, such lines too, with models that stay loaded in between")
     video_size: tuple[int, int] = option((256, 256), "height and width in pixels", metavar=("HEIGHT", "WIDTH"))
@@ -168,23 +173,34 @@ def read_requests(options: PromptOptions, config: WanConfig) -> list[Request]:
     Raises UserError for the first value that does not fit the task, before any of them is made.
     """
     if options.from_file is None:
+        if options.skip_existing:
+            raise UserError("--skip_existing: is for --from_file", "leave it out")
         return [make_request(options, config)]
     path = require_file(options.from_file, "--from_file", "a file of prompts")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"--from_file {path}: not a text in UTF-8", fix="save it as UTF-8") from None
-    requests = []
+    requests, seen = [], Counter()
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.strip().startswith("#"):
             continue
         try:
-            requests.append(make_request(line_options(parse_inference_prompt(line), options), config))
+            given = line_options(parse_inference_prompt(line), options)
+            if options.skip_existing and given.seed is None:
+                given = replace(given, seed=_seed_of(line, seen))
+            requests.append(make_request(given, config))
         except UserError as error:
             raise UserError(f"--from_file {path}, line {number}: {error.problem}", error.fix) from None
     if not requests:
         raise UserError(f"--from_file {path}: there is no prompt in it", fix="write one on each line")
     return requests
+
+
+def _seed_of(line: str, seen: Counter[str]) -> int:
+    """Return a seed that is the same in every run, and another one for each time that a line is there."""
+    seen[line] += 1
+    return int.from_bytes(hashlib.sha256(f"{seen[line]} {line.strip()}".encode()).digest()[:4], "little")
 
 
 def line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions:
