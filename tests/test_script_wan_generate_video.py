@@ -400,7 +400,7 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
             "the latent is there already. Use video or images.",
         ),
         ({"sample_solver": "euler"}, "invalid choice: 'euler'"),
-        ({"strength": 0.5}, "--strength: unknown option"),
+        ({"strength": 0.5}, "--strength 0.5: is for --video_path"),
     ],
 )
 def test_bad_input_is_named_before_any_model_loads(generate, models, monkeypatch, tmp_path, options, line):
