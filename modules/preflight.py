@@ -139,11 +139,10 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
 
 def check_paired(options: TrainOptions, trained: Trained, shape: WanShape, config: WanConfig) -> None:
     """Raise UserError where what is trained, on which timesteps, does not go with the two models of Wan2.2."""
-    if not trained.beside:
-        for name in ("dit_high_noise", "block_swap_h2d_only"):
-            if getattr(options.pair, name, None) or getattr(options.swap, name, None):
-                why = "one model is trained at a time" if name == "dit_high_noise" else "blocks in training come back"
-                raise UserError(f"--{name}: is not available in fine-tuning, {why}", "leave it out")
+    if not trained.beside and options.pair.dit_high_noise is not None:
+        raise UserError("--dit_high_noise: fine-tuning trains one model at a time", "give it as --dit in another run")
+    if not trained.beside and options.swap.block_swap_h2d_only:
+        raise UserError("--block_swap_h2d_only: blocks in training have to come back", "leave it out")
     if options.pair.dit_high_noise is None:
         return
     precision = options.precision
