@@ -302,6 +302,8 @@ def park(model: WanModel, device: Device) -> None:
     _rest(model)
     for tensor in _resident(model).values():
         tensor.data = _at_home(tensor, device)
+    if device.where.type == "cuda":
+        torch.cuda.synchronize(device.where)  # the device may go, with what it has page-locked
 
 
 def fetch(model: WanModel, device: Device) -> None:
