@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules.flow_matching import flow_loss, noised
+from modules.flow_matching import noised
+from modules.losses import flow_loss
 from modules.solvers import FIRST_UNIPC_SIGMA, Memory, unipc_step
 from networks.lora import LoRANetwork
 from networks.lora_wan import create_network

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from dataset.config import DatasetConfig
-from dataset.items import VIDEO_SUFFIXES, DatasetItem, Source
-from dataset.provenance import Making, dataset_identity, media_recorded, recorded_in, source_fps, written
+from dataset.items import VIDEO_SUFFIXES, DatasetItem, Source, Text
+from dataset.masks import is_masked
+from dataset.provenance import (
+    Making,
+    caption_hash,
+    dataset_identity,
+    media_recorded,
+    recorded_in,
+    source_fps,
+    written,
+)
 from utils.devices import dtype_name
 from utils.errors import UserError
 from utils.files import write_whole
@@ -44,6 +53,23 @@ def latent_path(config: DatasetConfig, item: DatasetItem) -> Path:
 def text_path(config: DatasetConfig, name: str) -> Path:
     """Return where the text of the media file `name` is cached; all clips of a video share it."""
     return config.cache_directory / f"{name}{TEXT_SUFFIX}"
+
+
+def extra_text_path(config: DatasetConfig, caption: str) -> Path:
+    """Return where a text is cached that is not the first caption of a media file; files with it share that."""
+    return config.cache_directory / f"text_{caption_hash(caption)}{TEXT_SUFFIX}"
+
+
+def more_text_paths(config: DatasetConfig, header: "CacheHeader") -> tuple[Path, ...]:
+    """Return where the further captions of a media file are cached, as the header of its text cache tells."""
+    hashes = (recorded_in(header.metadata) or {}).get("more")
+    hashes = hashes if isinstance(hashes, list) else []
+    return tuple(config.cache_directory / f"text_{each}{TEXT_SUFFIX}" for each in hashes)
+
+
+def text_file(config: DatasetConfig, of: Source | Text) -> Path:
+    """Return where the first caption of a media file, or another text, is cached."""
+    return text_path(config, of.name) if isinstance(of, Source) else extra_text_path(config, of.caption)
 
 
 def media_name(config: DatasetConfig, latents: Path) -> str | None:
@@ -85,8 +111,8 @@ def write_latents(
     """Write the latents of one training example and return the file.
 
     tensors: latents [16 f h w] and, as the model needs them, latents_image [20 f h w], latents_control [16 f h w],
-    stored in `dtype`; clip [257 D] or [N 257 D], stored in float16; f_indices [f], in int32. making: how they were
-    made, for the metadata; None for a file that does not tell, as musubi-tuner's.
+    stored in `dtype`; latents_mask [1 f h w], in float32; clip [257 D] or [N 257 D], in float16; f_indices [f], in
+    int32. making: how they were made, for the metadata; None for a file that does not tell, as musubi-tuner's.
     """
     path = latent_path(config, item)
     _existing(path, item.source)  # raises where the file is another model's
@@ -97,6 +123,8 @@ def write_latents(
         tensor = _finite(tensor, name, path)
         if name == "f_indices":
             stored[f"{name}_int32"] = tensor.to("cpu", torch.int32)
+        elif name == "latents_mask":
+            stored[f"{name}_{shape}_float32"] = tensor.to("cpu", torch.float32)
         elif name == "clip":
             # The key names the latents' dtype although the features are float16: musubi-tuner's files are so.
             stored[f"clip_{suffix}"] = tensor.to("cpu", torch.float16)
@@ -111,23 +139,23 @@ def write_latents(
     return path
 
 
-def write_text(config: DatasetConfig, source: Source, text: Tensor, making: Making | None = None) -> Path:
-    """Write the text features [L D] of one media file's caption and return the file.
+def write_text(config: DatasetConfig, of: Source | Text, text: Tensor, making: Making | None = None) -> Path:
+    """Write the text features [L D] of one media file's first caption, or of another text, and return the file.
 
     What other tensors an older file holds is kept, of text features of any dtype only the new ones. making: how they
     were made, for the metadata; None for a file that does not tell.
     """
-    path = text_path(config, source.name)
-    kept, metadata = _kept(path, source)
+    path = text_file(config, of)
+    kept, metadata = _kept(path, of)
     stored = {**kept, f"varlen_t5_{dtype_name(text.dtype)}": _finite(text.cpu(), "t5", path)}
-    made = written(making.record_text(config, source)) if making else {}
-    write_whole(path, to_bytes(stored, {**metadata, **_FORMAT, "caption1": source.caption, **made}))
+    made = written(making.record_text(config, of)) if making else {}
+    write_whole(path, to_bytes(stored, {**metadata, **_FORMAT, "caption1": of.caption, **made}))
     return path
 
 
-def _kept(path: Path, source: Source) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _kept(path: Path, of: Source | Text) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and metadata of an existing text cache that the new text does not replace."""
-    header = _existing(path, source)
+    header = _existing(path, of)
     if header is None:
         return {}, {}
     with open_tensors(path, "text cache") as file:
@@ -216,6 +244,8 @@ def why_remake_latents(
         return f"in {dtype_name(stored)}"
     if shapes["latents"][-2:] != (item.height // 8, item.width // 8):
         return "of another resolution"
+    if "latents_mask" in shapes and "latents_mask" not in names and is_masked(config) is None:
+        return "with a mask"  # that training would take
     if "f_indices" in shapes and "f_indices" not in names:
         return "of one-frame training"
     if shapes["latents"][1:-2] != (len(config.frame_indices) if "f_indices" in names else (item.frames + 3) // 4,):
@@ -239,24 +269,26 @@ def shows_last_frame(path: Path) -> bool:
         return key is not None and file.shape(key)[1] > 1 and bool(file.get(key)[3, -1, 0, 0] == 1)
 
 
-def why_remake_text(path: Path, source: Source, making: Making | None = None) -> str | None:
+def why_remake_text(path: Path, of: Source | Text, making: Making | None = None) -> str | None:
     """Return why the text of a caption is to be cached (again), or None for a file that can be kept.
 
     making: how it would be made now, compared where the file tells how it was. Raises UserError for a file of another
     model, or of a picture where the source is a video, and the other way round.
     """
-    header = _existing(path, source)
+    header = _existing(path, of)
     if header is None:
         return "damaged" if path.is_file() else "not cached yet"
     if "t5" not in header.by_batch_name():
         return "without text features"
-    if header.metadata.get("caption1", source.caption) != source.caption:
+    if header.metadata.get("caption1", of.caption) != of.caption:
         return "caption changed"
     recorded = recorded_in(header.metadata)
-    return making.why_text(source, recorded) if making and recorded else None
+    if of.more_captions and recorded is None:
+        return "without the other captions"
+    return making.why_text(of, recorded) if making and recorded else None
 
 
-def _existing(path: Path, source: Source) -> CacheHeader | None:
+def _existing(path: Path, of: Source | Text) -> CacheHeader | None:
     """Return the header of a cache file, or None where there is none or a damaged one; UserError for a foreign one."""
     if not path.is_file():
         return None
@@ -267,11 +299,13 @@ def _existing(path: Path, source: Source) -> CacheHeader | None:
     except UserError:
         return None
     made_of = media_recorded(recorded_in(header.metadata) or {})
-    if made_of and (Path(made_of).suffix.lower() in VIDEO_SUFFIXES) != source.is_video and not source.path.is_dir():
+    if not isinstance(of, Source) or not made_of or of.path.is_dir():
+        return header
+    if (Path(made_of).suffix.lower() in VIDEO_SUFFIXES) != of.is_video:
         other = path.parent / made_of
         if other.is_file():
             raise ForeignCacheError(
-                f"{path}: is the cache of {other}, {source.path} would share it",
+                f"{path}: is the cache of {other}, {of.path} would share it",
                 "rename one of them, or choose another cache_directory",
             )
     return header

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dataset.config_file import ConfigFile
-from dataset.config_keys import IMAGE, OLD_SPELLINGS, SHARED, TOP, VIDEO
+from dataset.config_keys import IMAGE, LISTS, OLD_SPELLINGS, SHARED, TOP, VIDEO
 from utils.errors import UserError
 from utils.files import require_file
 from utils.options import option
 
 logger = logging.getLogger(__name__)
+
+# Keys that change nothing where the loss is only measured.
+OF_TRAINING = ("num_repeats", "caption_dropout", "is_reg", "prior_weight")
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,22 @@ class DatasetConfig:
     kind: ClassVar[str]
 
     where: str  # "data.toml: dataset 1", for messages
+    validation: bool = False  # not trained on: its loss is only measured
     cache_directory: Path
     resolution: tuple[int, int] = (960, 544)  # width, height: the bucket without enable_bucket, else the area aimed at
     caption_extension: str | None = None
+    caption_prefix: str = ""  # that every caption begins with
+    caption_dropout: float = 0.0  # probability of no text in place of a caption
+    multiple_captions: bool = False  # each line of a caption file is one; training draws one each time
     batch_size: int = 1
     num_repeats: int = 1
     enable_bucket: bool = False
     bucket_no_upscale: bool = False
     control_directory: Path | None = None
+    mask_directory: Path | None = None  # white counts in the loss, black does not
+    mask_min_weight: float = 0.0  # that black has all the same
+    is_reg: bool = False  # of what the model is to keep as it is, beside what it is to learn
+    prior_weight: float = 1.0  # that the loss of its batches is multiplied by
 
     @property
     def directory(self) -> Path | None:
@@ -57,6 +68,7 @@ class ImageConfig(DatasetConfig):
     image_jsonl_file: Path | None = None
     fp_1f_clean_indices: tuple[int, ...] | None = None  # one-frame: the latent frames of the control pictures
     fp_1f_target_index: int | None = None  # one-frame: the latent frame of the picture itself
+    alpha_mask: bool = False  # what a picture's alpha channel hides does not count in the loss
     no_resize_control: bool = False  # control pictures are cut to multiples of 16, but not scaled
     control_resolution: tuple[int, int] | None = None  # width, height: the area of control pictures
 
@@ -81,7 +93,7 @@ class VideoConfig(DatasetConfig):
 
 
 def load_config(path: Path | str | None, batch_size: int | None = None) -> list[DatasetConfig]:
-    """Return the datasets of a TOML or JSON file; the media themselves are not looked at.
+    """Return the datasets of a TOML or JSON file, those for validation last; the media are not looked at.
 
     batch_size: for datasets that give none. Raises UserError with file, key and value for whatever is wrong.
     """
@@ -91,8 +103,11 @@ def load_config(path: Path | str | None, batch_size: int | None = None) -> list[
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     fallback = {} if batch_size is None else {"batch_size": batch_size}
-    entries = enumerate(file.content["datasets"], 1)
-    configs = [_dataset(file, entry, number, {**fallback, **shared}) for number, entry in entries]
+    configs = [
+        _dataset(file, entry, name, number, {**fallback, **shared})
+        for name in LISTS
+        for number, entry in enumerate(file.content.get(name, []), 1)
+    ]
     _refuse_shared_caches(configs)
     return configs
 
@@ -113,7 +128,11 @@ def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
         "bucket_no_upscale": config.bucket_no_upscale,
         "has_control": config.control_directory is not None,
     }
-    for name in (f"{config.kind}_directory", f"{config.kind}_jsonl_file", "control_directory"):
+    more = ("caption_prefix", "caption_dropout", "multiple_captions", "mask_min_weight", "is_reg", "prior_weight")
+    entry.update({name: value for name in more if (value := getattr(config, name)) != getattr(DatasetConfig, name)})
+    if getattr(config, "alpha_mask", False):
+        entry["alpha_mask"] = True
+    for name in (f"{config.kind}_directory", f"{config.kind}_jsonl_file", "control_directory", "mask_directory"):
         if (value := getattr(config, name)) is not None:
             entry[name] = Path(value).name
     if isinstance(config, VideoConfig):
@@ -123,8 +142,11 @@ def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ one dataset
-def _dataset(file: ConfigFile, entry: Mapping[str, Any], number: int, fallback: Mapping[str, Any]) -> DatasetConfig:
-    table = f"[[datasets]] {number}"
+def _dataset(
+    file: ConfigFile, entry: Mapping[str, Any], name: str, number: int, fallback: Mapping[str, Any]
+) -> DatasetConfig:
+    """Return a dataset; name: of the list that its entry stands in."""
+    table = f"[[{name}]] {number}"
     where = f"{file.path}: {table}"
     entry = _translated(file, entry, table)
     # An entry with a picture source is a picture dataset even where a video key has strayed into it.
@@ -150,11 +172,16 @@ def _dataset(file: ConfigFile, entry: Mapping[str, Any], number: int, fallback: 
         _refuse_odd_resolution(file, table, values.get("resolution", DatasetConfig.resolution))
     if not is_video:
         _check_one_frame(file, table, values)
-    if idle := _without_effect(entry, values, is_video):
+    idle = _without_effect(entry, values, is_video)
+    if validation := name == "validation":
+        idle |= {key: "each example is measured once" for key in OF_TRAINING if key in entry}
+        values = {key: value for key, value in values.items() if key not in OF_TRAINING}
+    if idle:
         lines = [f"{file.place(table, key).removeprefix(f'{where}, ')} ({why})" for key, why in idle.items()]
         logger.warning("%s: without effect: %s", where, "; ".join(lines))
     known = {field.name for field in fields(cls)}
-    return cls(where=f"{file.path}: dataset {number}", **{key: values[key] for key in values if key in known})
+    where = f"{file.path}: {'validation' if validation else 'dataset'} {number}"
+    return cls(where=where, validation=validation, **{key: values[key] for key in values if key in known})
 
 
 def _translated(file: ConfigFile, entry: Mapping[str, Any], table: str) -> dict[str, Any]:
@@ -219,7 +246,9 @@ def _without_effect(entry: Mapping[str, Any], values: Mapping[str, Any], is_vide
             idle["no_resize_control"] = idle["control_resolution"] = "there is no control_directory"
     else:
         idle["caption_extension"] = "captions stand in the JSONL file"
+        idle["multiple_captions"] = "a JSONL line lists them as captions"
         idle["control_directory"] = "in a JSONL file each line names its control_path"
+        idle["mask_directory"] = "in a JSONL file each line names its mask_path"
     idle["multiple_target"] = "Wan makes one picture; each of the pictures is an example"
     idle["fp_latent_window_size"] = idle["fp_1f_no_post"] = "FramePack's, not Wan's"
     return {key: why for key, why in idle.items() if entry.get(key) not in (None, False)}

@@ -10,7 +10,7 @@ from typing import Any
 import toml
 import voluptuous as vol
 
-from dataset.config_keys import BACKSLASHES, IMAGE, VIDEO
+from dataset.config_keys import BACKSLASHES, IMAGE, LISTS, VIDEO
 from utils.errors import UserError
 from utils.options import suggest
 
@@ -22,7 +22,7 @@ _UNREADABLE = (ValueError, IndexError, KeyError, TypeError, AttributeError, Recu
 class ConfigFile:
     """A dataset file whose findings are one line with file, table, line, key, value and the nearest valid key.
 
-    Tables are named "[general]", "[[datasets]] 1" ..., and "" for the top.
+    Tables are named "[general]", "[[datasets]] 1", "[[validation]] 1" ..., and "" for the top.
     """
 
     def __init__(self, path: Path):
@@ -88,7 +88,7 @@ class ConfigFile:
         if "required key" in error.msg or error.msg.startswith("length"):
             return f"{self.path}: has no [[datasets]] entry", HELP
         if error.msg.startswith("expected"):
-            return f"{place}: must be {'[[datasets]] tables' if key == 'datasets' else 'a table'}", ""
+            return f"{place}: must be {f'[[{key}]] tables' if key in LISTS else 'a table'}", ""
         value = _shown(json.dumps(content.get(key), default=str, ensure_ascii=False))
         return f"{place} = {value}: {error.msg}", ""
 
@@ -115,12 +115,12 @@ Lines = dict[tuple[str, str], int]
 def _toml_lines(text: str) -> Lines:
     """Return the line of each (table, key). Of keys in inline tables nothing is known."""
     lines: Lines = {}
-    table, entries = "", 0
+    table, entries = "", Counter()
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
-        if line.replace(" ", "").startswith("[[datasets]]"):
-            entries += 1
-            table = f"[[datasets]] {entries}"
+        if match := re.match(rf"\[\s*\[\s*({'|'.join(LISTS)})\s*\]\s*\]", line):
+            entries[match[1]] += 1
+            table = f"[[{match[1]}]] {entries[match[1]]}"
         elif line.startswith("[") and "=" not in line:
             table = line.split("]")[0] + "]"
             lines.setdefault(("", table.strip("[] ")), number)
@@ -132,20 +132,20 @@ def _toml_lines(text: str) -> Lines:
 def _json_lines(text: str) -> Lines:
     """Return the line of each (table, key) of a JSON text that has been read without an error."""
     lines: Lines = {}
-    number, path, key, entries = 1, [], "", 0  # path: the keys of the tables and lists around, "" for a list
+    number, path, key, entries = 1, [], "", Counter()  # path: the keys of the tables and lists around, "" for a list
     for match in re.finditer(r'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]\n]', text):
         token = match[0]
         if match[2] is not None:
             key = json.loads(f'"{match[1]}"')
-            table = {(): "", ("general",): "[general]", ("datasets", ""): f"[[datasets]] {entries}"}.get(
-                tuple(path[1:])
-            )
+            tables = {(name, ""): f"[[{name}]] {entries[name]}" for name in LISTS}
+            table = {(): "", ("general",): "[general]", **tables}.get(tuple(path[1:]))
             if table is not None:
                 lines.setdefault((table, key), number)
         elif token in ("{", "["):
             path.append(key)
             key = ""
-            entries += token == "{" and path[1:] == ["datasets", ""]
+            if token == "{" and len(path) == 3 and path[2] == "":
+                entries[path[1]] += 1
         elif token in ("}", "]"):
             path.pop()
             key = ""

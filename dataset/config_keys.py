@@ -95,15 +95,44 @@ def _fps(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise vol.Invalid("must be a number from 0 to 1")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise vol.Invalid("must be a text in quotes")
+    return value
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+        raise vol.Invalid("must be a number greater than 0")
+    return float(value)
+
+
 SHARED = {  # what [general] may say for all
     "resolution": _resolution,
     "caption_extension": _ending,
+    "caption_prefix": _text,
+    "caption_dropout": _share,
+    "multiple_captions": _flag,
     "batch_size": _whole(1),
     "num_repeats": _whole(1),
     "enable_bucket": _flag,
     "bucket_no_upscale": _flag,
 }
-_ONE_DATASET = SHARED | {"cache_directory": _path, "control_directory": _path, "fp_latent_window_size": _whole(1)}
+_ONE_DATASET = SHARED | {
+    "cache_directory": _path,
+    "control_directory": _path,
+    "mask_directory": _path,
+    "mask_min_weight": _share,
+    "is_reg": _flag,
+    "prior_weight": _positive,
+    "fp_latent_window_size": _whole(1),
+}
 IMAGE = _ONE_DATASET | {
     "image_directory": _path,
     "image_jsonl_file": _path,
@@ -111,6 +140,7 @@ IMAGE = _ONE_DATASET | {
     "fp_1f_target_index": _whole(0),
     "fp_1f_no_post": _flag,
     "multiple_target": _flag,
+    "alpha_mask": _flag,
     "no_resize_control": _flag,
     "control_resolution": _resolution,
 }
@@ -129,4 +159,9 @@ OLD_SPELLINGS = {
     "qwen_image_edit_no_resize_control": "no_resize_control",
     "qwen_image_edit_control_resolution": "control_resolution",
 }
-TOP = {vol.Optional("general"): dict, vol.Required("datasets"): vol.All([dict], vol.Length(min=1))}
+LISTS = ("datasets", "validation")  # of what is trained on, and what the loss is only measured on
+TOP = {
+    vol.Optional("general"): dict,
+    vol.Required("datasets"): vol.All([dict], vol.Length(min=1)),
+    vol.Optional("validation"): [dict],
+}

@@ -65,6 +65,14 @@ def load_image(path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
+def load_alpha(path: Path) -> np.ndarray | None:
+    """Return how opaque a picture is, uint8 [H W], upright like its pixels; None where nothing in it is transparent."""
+    with Image.open(path) as image:
+        if not image.has_transparency_data:
+            return None
+        return np.array(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return (width, height) of an upright picture from its header."""
     with Image.open(path) as image:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dataset.config import DatasetConfig, ImageConfig
 from dataset.config_keys import path_of
@@ -26,14 +26,25 @@ class Source:
     """One media file of a dataset and its caption; a video may give several training examples."""
 
     path: Path  # an image, a video, or a folder of images that are the frames of a video
-    caption: str
+    caption: str  # with the dataset's prefix
     is_video: bool
     controls: tuple[Path, ...] = ()  # pictures, or one video, that steer the generation
+    more_captions: tuple[str, ...] = ()  # of which training may draw one instead
+    masked: bool = False  # a mask is cached beside its latents
+    mask: Path | None = None  # a picture, or a video or folder of pictures; None: its alpha channel, or all counts
 
     @property
     def name(self) -> str:
         """The name that the cache files begin with: the file's, without its last suffix."""
         return self.path.name if self.path.is_dir() else self.path.stem
+
+
+@dataclass(frozen=True)
+class Text:
+    """What may be said in place of a media file's caption; media files may share it."""
+
+    caption: str
+    more_captions: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,11 @@ def find_sources(config: DatasetConfig) -> list[Source]:
             logger.warning("%s: files left out because they have no caption: %s", config.where, counted)
         controls = _controls(config, list(captioned))
         is_video = config.kind == "video"
-        sources = [
-            Source(path, _read_caption(caption), is_video, controls.get(path, ()))
-            for path, caption in captioned.items()
-        ]
+        sources = []
+        for path, caption in captioned.items():
+            first, *more = _read_captions(caption, config)
+            sources.append(Source(path, first, is_video, controls.get(path, ()), tuple(more)))
+        sources = _with_masks(sources, config)
     _refuse_equal_names(sources, config)
     return sources
 
@@ -132,11 +144,19 @@ def _require_folder(folder: Path, config: DatasetConfig, key: str) -> Path:
     return folder
 
 
-def _read_caption(path: Path) -> str:
+def _read_captions(path: Path, config: DatasetConfig) -> tuple[str, ...]:
+    """Return the captions in a file: one, or with multiple_captions one a line."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the caption is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
+    lines = [line for line in text.split("\n") if line.strip()] if config.multiple_captions else []
+    return _prefixed(config, lines or [text])
+
+
+def _prefixed(config: DatasetConfig, captions: Iterable[str]) -> tuple[str, ...]:
+    """Return captions as the model is told them."""
+    return tuple(f"{config.caption_prefix}{caption.strip()}".strip() for caption in captions)
 
 
 def _controls(config: DatasetConfig, paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
@@ -194,7 +214,37 @@ def _controls_needed(config: DatasetConfig) -> int:
     return len(getattr(config, "fp_1f_clean_indices", None) or (0,))
 
 
-def captions_now(config: DatasetConfig, names: Iterable[str]) -> dict[str, str]:
+def _with_masks(sources: list[Source], config: DatasetConfig) -> list[Source]:
+    """Return the media files with the masks NAME.* of the dataset's mask_directory; those without one count wholly."""
+    found: dict[str, Path] = {}
+    if config.mask_directory is not None:
+        folder = _require_folder(config.mask_directory, config, "mask_directory")
+        suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) if config.kind == "video" else IMAGE_SUFFIXES
+        found = {path.stem: path for path in media_in(folder, suffixes)}
+        if config.kind == "video":
+            found |= {path.name: path for path in folder.iterdir() if path.is_dir()}
+    sources = [replace(source, mask=found.get(source.name)) for source in sources]
+    return _marked(sources, config, f"in {config.mask_directory}")
+
+
+def _marked(sources: list[Source], config: DatasetConfig, where: str) -> list[Source]:
+    """Return the media files of a dataset that has masks marked as such; one without its own is named in a warning."""
+    alpha = getattr(config, "alpha_mask", False)
+    without = [source.path for source in sources if source.mask is None]
+    if len(without) == len(sources) and not alpha:
+        if config.mask_directory is None or config.jsonl_file:
+            return sources
+        raise UserError(
+            f"{config.where}: none of the {len(sources)} {config.kind}s has a mask {where}",
+            f"call that of {without[0].name} {without[0].stem}.png, for example",
+        )
+    if without and not alpha:
+        counted = f"{len(without)}, the first {without[0]}"
+        logger.warning("%s: files without a mask %s, of which all counts: %s", config.where, where, counted)
+    return [replace(source, masked=True) for source in sources]
+
+
+def captions_now(config: DatasetConfig, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the captions of media files by their names, as far as the caption files or the JSONL file are there.
 
     The media need not be. Raises UserError for what cannot be read as captions.
@@ -202,11 +252,12 @@ def captions_now(config: DatasetConfig, names: Iterable[str]) -> dict[str, str]:
     if config.jsonl_file:
         if not config.jsonl_file.is_file():
             return {}
-        return {_name_once(source.path) or source.name: source.caption for source in _from_jsonl(config)}
+        sources = {_name_once(source.path) or source.name: source for source in _from_jsonl(config)}
+        return {name: (source.caption, *source.more_captions) for name, source in sources.items()}
     if config.caption_extension is None:
         return {}
     paths = {name: config.directory / f"{name}{config.caption_extension}" for name in names}
-    return {name: _read_caption(path) for name, path in paths.items() if path.is_file()}
+    return {name: _read_captions(path, config) for name, path in paths.items() if path.is_file()}
 
 
 def _name_once(path: Path) -> str | None:
@@ -230,7 +281,8 @@ def _from_jsonl(config: DatasetConfig) -> list[Source]:
     _check_counts(sources, config)
     _warn_of_typos(records, config)
     needed = _controls_needed(config)
-    return [replace(source, controls=source.controls[:needed]) for source in sources.values()]
+    cut = [replace(source, controls=source.controls[:needed]) for source in sources.values()]
+    return _marked(cut, config, f"in {path}")
 
 
 def _record(line: str, place: str, config: DatasetConfig) -> dict[str, Any]:
@@ -255,18 +307,24 @@ def _from_record(record: dict[str, Any], place: str, config: DatasetConfig) -> S
                 f"{place}: {key}: Wan makes one picture at a time, not several together",
                 "give each picture a line of its own, or as control_path what it is to be made from",
             )
-    for key in (path_key, "caption"):
+    for key in (path_key, *(["caption"] if "captions" not in record else [])):
         if not isinstance(record.get(key), str):
             near = difflib.get_close_matches(key, record.keys() - {key}, n=1)
             raise UserError(f"{place}: {key} is missing or not a text", f"is {near[0]} a typo?" if near else "")
+    captions = record.get("captions", [record.get("caption")])
+    if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
+        raise UserError(f"{place}: captions must be a list of texts", 'such as ["a cat", "a cat on a carpet"]')
+    first, *more = _prefixed(config, captions)
     # control_path, control_path_0, control_path_00, control_path_1 ... in the order of their numbers
     matches = [match for match in (re.fullmatch(_CONTROL_KEY, key) for key in record) if match]
     controls = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
     return Source(
         path=_located(record, path_key, place, config),
-        caption=record["caption"].strip(),
+        caption=first,
         is_video=config.kind == "video",
         controls=tuple(_located(record, key, place, config) for key in controls),
+        more_captions=tuple(more),
+        mask=_located(record, "mask_path", place, config) if "mask_path" in record else None,
     )
 
 
@@ -285,7 +343,7 @@ _CONTROL_KEY = r"control_path(?:_(\d+))?"
 
 def _warn_of_typos(records: dict[str, dict[str, Any]], config: DatasetConfig) -> None:
     """Name keys that are not read and look like one that is, each once; other keys are the user's own affair."""
-    known = [f"{config.kind}_path", "caption", "control_path"]
+    known = [f"{config.kind}_path", "caption", "captions", "control_path", "mask_path"]
     numbered = r"image_path_\d+|" + _CONTROL_KEY
     strange: dict[str, str] = {}
     for place, record in records.items():

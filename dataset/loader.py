@@ -5,8 +5,9 @@ import logging
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.cache import CacheHeader, latent_files, media_name, read_header, read_tensors, text_path
+from dataset.cache import (
+    CacheHeader,
+    extra_text_path,
+    latent_files,
+    media_name,
+    more_text_paths,
+    read_header,
+    read_tensors,
+    text_path,
+)
+from dataset.captions import EMPTY, drawn_text
 from dataset.config import DatasetConfig, dataset_metadata
+from dataset.masks import is_masked, weights_of
 from utils.errors import UserError
+from utils.identity import seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +44,11 @@ class CachedItem:
     text: Path
     shapes: Shapes  # (name in a batch, shape) of the tensors beside the latents' file, sorted: the bucket
     caption: str | None = None  # that the text was cached for, where its file tells
+    more_texts: tuple[Path, ...] = ()  # of which one may be drawn instead of the text
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors there are: latents, and maybe latents_image, latents_control, clip, f_indices."""
+        """The tensors there are: latents, and maybe latents_image, latents_control, latents_mask, clip, f_indices."""
         return frozenset(name for name, _ in self.shapes)
 
 
@@ -49,6 +63,8 @@ class Batch:
     latents_control: Tensor | None = None  # [B 16 F H W]
     frame_indices: Tensor | None = None  # [B F]: where in time the latent frames are (one-frame training)
     timesteps: list[float] | None = None  # B numbers in [0, 1) to use in place of uniform random ones
+    mask: Tensor | None = None  # [B 1 F H W] in [0, 1]: how much each place counts in the loss; None: all the same
+    weight: float = 1.0  # that its loss is multiplied by
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch with all tensors on a device."""
@@ -83,19 +99,43 @@ class DatasetSummary:
 def find_cached(config: DatasetConfig) -> tuple[list[CachedItem], list[Path]]:
     """Return the training examples in a dataset's cache folder, and the latent caches that have no text cache.
 
-    Both are sorted by file name. Damaged and foreign files are left out with a warning.
+    Both are sorted by file name. Damaged and foreign files are left out with a warning. Raises UserError where a text
+    is missing that may be drawn in place of an example's own, or a mask that the dataset file asks for.
     """
     items, without_text = [], []
     texts: dict[Path, CacheHeader | None] = {}
-    for path in latent_files(config):
-        text = text_path(config, media_name(config, path))
+
+    def header_of(text: Path) -> CacheHeader | None:
         if text not in texts:
             texts[text] = _header(text, "t5") if text.is_file() else None
-        if (of_text := texts[text]) is None:
+        return texts[text]
+
+    for path in latent_files(config):
+        text = text_path(config, media_name(config, path))
+        if (of_text := header_of(text)) is None:
             without_text.append(path)
         elif header := _header(path, "latents"):
             shapes = tuple(sorted(header.by_batch_name().items()))
-            items.append(CachedItem(path, text, shapes, of_text.metadata.get("caption1")))
+            if is_masked(config) is False:
+                shapes = tuple(pair for pair in shapes if pair[0] != "latents_mask")
+            more = more_text_paths(config, of_text)
+            items.append(CachedItem(path, text, shapes, of_text.metadata.get("caption1"), more))
+    without = [item for item in items if "latents_mask" not in item.names] if is_masked(config) else []
+    if without:
+        counted = f"{len(without):,} of {len(items):,} caches, e.g. {without[0].latents}"
+        key = "mask_directory" if config.mask_directory else "alpha_mask"
+        raise UserError(
+            f"{config.where}: {key}: no mask is in {counted}", "run wan_cache_latents.py with --skip_existing again"
+        )
+    needed = {text: "another caption of an example" for item in items for text in item.more_texts}
+    if items and config.caption_dropout:
+        needed[extra_text_path(config, EMPTY)] = "the empty text that caption_dropout needs"
+    for text, what in needed.items():
+        if header_of(text) is None:
+            raise UserError(
+                f"{config.where}: {what} is not cached: {text} is missing or damaged",
+                "run wan_cache_text_encoder_outputs.py with --skip_existing",
+            )
     return items, without_text
 
 
@@ -132,14 +172,37 @@ class CachedDataset(Dataset):
                 logger.warning("%s: no training items in %s", config.where, config.cache_directory)
         if not any(self.items):
             folders = ", ".join(str(config.cache_directory) for config in self.configs)
+            aim = "validate" if self.configs[0].validation else "train"
             raise UserError(
-                f"there is nothing to train on in {folders}",
+                f"there is nothing to {aim} on in {folders}",
                 "run wan_cache_latents.py and wan_cache_text_encoder_outputs.py with this dataset file first",
             )
         self._length = len(self._plan(0))
 
     def __len__(self) -> int:
         return self._length
+
+    def choose_media(self, share: float) -> set[str]:
+        """Return the names of this share of the media files, at least one, as the seed and the names decide.
+
+        Not of what the model is only to keep. A name stands for all examples that are cut from files of this name.
+        """
+        pairs = zip(self.configs, self.items, strict=True)
+        names = {media_name(config, item.latents) for config, items in pairs if not config.is_reg for item in items}
+        if len(names) < 2:
+            raise UserError(f"--validation_split {share:g}: there are not two media files to choose from")
+        count = min(max(1, round(share * len(names))), len(names) - 1)
+        return set(sorted(names, key=lambda name: seed_of(f"{self.seed} {name}"))[:count])
+
+    def hold_out(self, names: Collection[str]) -> list[list[CachedItem]]:
+        """Take the examples of media files of these names out of every epoch, and return them for each dataset."""
+        held = []
+        for number, (config, items) in enumerate(zip(self.configs, self.items, strict=True)):
+            out = [not config.is_reg and media_name(config, item.latents) in names for item in items]
+            held.append(list(compress(items, out)))
+            self.items[number] = [item for item, gone in zip(items, out, strict=True) if not gone]
+        self._length, self._planned = len(self._plan(0)), None
+        return held
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that a sampler goes through next; 0 is the first."""
@@ -158,9 +221,9 @@ class CachedDataset(Dataset):
         epoch, number = divmod(index, len(self))
         if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
-        items, timesteps = self._planned[1][number]
+        config, items, timesteps = self._planned[1][number]
         try:
-            return load_batch(items, timesteps)
+            return load_batch(items, config, timesteps)
         except UserError as error:
             return error
 
@@ -181,10 +244,26 @@ class CachedDataset(Dataset):
         generator = random.Random(f"{self.seed} {epoch}")
         plan = []
         for config, items in zip(self.configs, self.items, strict=True):
-            batches = _batches(items, config, generator)
-            plan += zip(batches, self._timesteps(batches, config.batch_size, generator), strict=True)
+            batches = self._with_drawn_texts(_batches(items, config, generator), config, epoch)
+            timesteps = self._timesteps(batches, config.batch_size, generator)
+            plan += [(config, *planned) for planned in zip(batches, timesteps, strict=True)]
         generator.shuffle(plan)
         return plan
+
+    def _with_drawn_texts(
+        self, batches: list[list[CachedItem]], config: DatasetConfig, epoch: int
+    ) -> list[list[CachedItem]]:
+        """Return an epoch's batches, each example with the text that is drawn for it where there is a choice."""
+        if not config.caption_dropout and not any(item.more_texts for batch in batches for item in batch):
+            return batches
+        times: Counter = Counter()
+
+        def drawn(item: CachedItem) -> CachedItem:
+            times[item.latents] += 1
+            occasion = f"{self.seed} {epoch} {item.latents.name} {times[item.latents]}"
+            return replace(item, text=drawn_text(config, (item.text, *item.more_texts), occasion))
+
+        return [list(map(drawn, batch)) for batch in batches]
 
     def _timesteps(
         self, batches: list[list[CachedItem]], batch_size: int, generator: random.Random
@@ -199,7 +278,7 @@ class CachedDataset(Dataset):
         return [pool[i * batch_size :][: len(batch)] for i, batch in enumerate(batches)]
 
 
-_PlannedBatch = tuple[list[CachedItem], list[float] | None]
+_PlannedBatch = tuple[DatasetConfig, list[CachedItem], list[float] | None]
 
 
 def _batches(items: list[CachedItem], config: DatasetConfig, generator: random.Random) -> list[list[CachedItem]]:
@@ -215,10 +294,10 @@ def _batches(items: list[CachedItem], config: DatasetConfig, generator: random.R
     return batches
 
 
-def load_batch(items: Sequence[CachedItem], timesteps: list[float] | None = None) -> Batch:
-    """Return the cached tensors of items of one shape as a batch."""
+def load_batch(items: Sequence[CachedItem], config: DatasetConfig, timesteps: list[float] | None = None) -> Batch:
+    """Return the cached tensors of a dataset's items, which are of one shape, as a batch."""
     cached = [read_tensors(item.latents) for item in items]
-    stacked = {name: torch.stack([tensors[name] for tensors in cached]) for name in cached[0]}
+    stacked = {name: torch.stack([tensors[name] for tensors in cached]) for name in items[0].names}
     clip = stacked.get("clip")
     if clip is not None and clip.dim() == 4 and clip.shape[1] == 1:
         clip = clip[:, 0]  # one-frame caches count their images even when there is one
@@ -230,6 +309,8 @@ def load_batch(items: Sequence[CachedItem], timesteps: list[float] | None = None
         latents_control=stacked.get("latents_control"),
         frame_indices=stacked.get("f_indices"),
         timesteps=timesteps,
+        mask=weights_of(stacked["latents_mask"], config) if "latents_mask" in stacked else None,
+        weight=config.prior_weight,
     )
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from dataset.decoding import (
     readable,
 )
 from dataset.items import DatasetItem, Source
+from dataset.masks import gray, moving_mask, require_shape, still_mask
 from utils.errors import UserError
 
 FPS = 16  # what Wan's videos run at
@@ -41,6 +43,7 @@ class Clip:
     item: DatasetItem
     pixels: np.ndarray  # uint8 [F H W 3]
     controls: tuple[np.ndarray, ...] = ()  # uint8 [F H W 3] each, of the same size; F is 1 for pictures
+    mask: np.ndarray | None = None  # uint8 [F H W]: 255 counts in the loss, 0 does not; None: all counts
 
 
 # Yields clips and returns the items of the whole file.
@@ -77,7 +80,7 @@ def read_clips(
         return (yield from _read_picture(source, config, wanted))
     if frames_needed(config) is not None:
         return (yield from _read_opening(source, config, wanted, step))
-    paths = [source.path, *source.controls[:1]]
+    paths = [source.path, *_tracks(source)]
     indexes = [_index(path, step) for path in paths]
     try:
         return (yield from _read_windows(source, config, indexes, wanted, step))
@@ -94,8 +97,30 @@ def _read_picture(source: Source, config: DatasetConfig, wanted: Callable[[Datas
     if wanted(item):
         size = item.width, item.height
         controls = tuple(_control_image(path, size, config)[None] for path in source.controls)
-        yield Clip(item, resize_to_bucket(image, size)[None], controls)
+        still = _still(source, config, (image.shape[1], image.shape[0]), size)
+        yield Clip(item, resize_to_bucket(image, size)[None], controls, None if still is None else still[None])
     return [item]
+
+
+def _still(source: Source, config: DatasetConfig, size: tuple[int, int], bucket: tuple[int, int]) -> np.ndarray | None:
+    """Return the mask of a picture, or of all frames of a video, resized as they are, uint8 [H W]; None for none."""
+    if not source.masked or (source.is_video and moving_mask(source)):
+        return None
+    return resize_to_bucket(still_mask(source, config, size), bucket)
+
+
+def _tracks(source: Source) -> list[Path]:
+    """Return what is read beside a video: its control, and its mask where that moves."""
+    return [*source.controls[:1], *filter(None, [moving_mask(source)])]
+
+
+def _clip(source: Source, still: np.ndarray | None, item: DatasetItem, pixels: np.ndarray, *tracks: np.ndarray) -> Clip:
+    """Return a clip of a video; still: its mask where that is a picture; tracks: the frames of _tracks()."""
+    controls = tracks[: len(source.controls[:1])]
+    if not source.masked:
+        return Clip(item, pixels, controls)
+    mask = gray(tracks[-1]) if still is None else np.broadcast_to(still, (len(pixels), *still.shape))
+    return Clip(item, pixels, controls, mask)
 
 
 def _read_opening(
@@ -105,13 +130,17 @@ def _read_opening(
     size, frames = _first_frames(source.path, config, step)
     items = _video_items(source, config, size, len(frames))
     chosen = [item for item in items if wanted(item)]
-    control = np.empty(0)
-    if chosen and source.controls:
-        _, control = _first_frames(source.controls[0], config, step, bucket=(items[0].width, items[0].height))
+    if not chosen:
+        return items
+    bucket = items[0].width, items[0].height
+    beside = [_first_frames(path, config, step, bucket) for path in _tracks(source)]
+    if moving_mask(source):
+        require_shape(source, beside[-1][0], size)
+    still = _still(source, config, size, bucket)
     for item in chosen:
         # A control video that is too short stays on its last frame.
-        still = np.minimum(np.arange(item.frames), len(control) - 1)
-        yield Clip(item, frames[: item.frames], (control[still],) if source.controls else ())
+        tracks = [track[np.minimum(np.arange(item.frames), len(track) - 1)] for _, track in beside]
+        yield _clip(source, still, item, frames[: item.frames], *tracks)
     return items
 
 
@@ -159,21 +188,24 @@ def _read_windows(
     wanted: Callable[[DatasetItem], bool],
     step: Callable[[], None],
 ) -> Clips:
-    """Read clips from anywhere in a video; indexes: of the video, and of its control where it has one.
+    """Read clips from anywhere in a video; indexes: of the video, and of what is read beside it.
 
     Raises MisnumberedError where an index is found wrong.
     """
-    index, *control = indexes
-    kept = _kept(index, config)
-    items = _video_items(source, config, (index.width, index.height), len(kept))
+    index, *beside = indexes
+    size, kept = (index.width, index.height), _kept(index, config)
+    items = _video_items(source, config, size, len(kept))
     chosen = [item for item in items if wanted(item)]
     pixels = _windows(source.path, index, kept, chosen, step)
-    controls = [
+    tracks = [
         _windows(path, other, _kept(other, config), chosen, step)
-        for path, other in zip(source.controls[:1], control, strict=True)
+        for path, other in zip(_tracks(source), beside, strict=True)
     ]
+    if moving_mask(source):
+        require_shape(source, (beside[-1].width, beside[-1].height), size)
+    still = _still(source, config, size, (items[0].width, items[0].height)) if chosen else None
     # Without names for what is yielded, which would be held while the next is made.
-    yield from map(lambda item, *given: Clip(item, given[0], given[1:]), chosen, pixels, *controls)
+    yield from map(partial(_clip, source, still), chosen, pixels, *tracks)
     return items
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dataset.config import DatasetConfig
 from dataset.decoding import no_step
-from dataset.items import DatasetItem, Source
+from dataset.items import DatasetItem, Source, Text
 from utils.identity import content_hash, size_and_time
 from utils.version import VERSION
 
@@ -20,8 +20,9 @@ MODELS = {"vae": "VAE", "clip": "CLIP", "t5": "T5"}
 
 # {"dataset": kind and folder or list of the media, "version": of this project, "models": {option: identity}}, for
 # latents also {"kind": what is trained on them, "media": a file, "controls": [files], "window": [first frame, frames],
-# "bucket": [width, height], "source_fps": number or null}, for texts {"media": {"path"}, "caption": hash}. A file is
-# {"path", "size" in bytes, "mtime_ns", "sha256"}. All paths are relative to the cache folder.
+# "bucket": [width, height], "source_fps": number or null} and with masks {"mask": a file, "alpha" or "none"}, for texts
+# {"media": {"path"}, "caption": hash, "more": [hashes of further captions]}. A file is {"path", "size" in bytes,
+# "mtime_ns", "sha256"}. All paths are relative to the cache folder.
 Record = Mapping[str, Any]
 
 
@@ -65,8 +66,10 @@ class Making:
 
     def record_latents(self, config: DatasetConfig, item: DatasetItem) -> Record:
         """Return what the cache file of a training example says of how it was made. Raises OSError for its media."""
+        masked = {"mask": self._mask(config, item.source)} if item.source.masked else {}
         return {
             **self._record(config),
+            **masked,
             "kind": self.kind,
             "media": self._file(config, item.source.path),
             "controls": [self._file(config, path) for path in item.source.controls],
@@ -75,10 +78,18 @@ class Making:
             "source_fps": source_fps(config),
         }
 
-    def record_text(self, config: DatasetConfig, source: Source) -> Record:
-        """Return what the text cache of a media file says of how it was made."""
-        path = relative(source.path, config.cache_directory)
-        return {**self._record(config), "media": {"path": path}, "caption": caption_hash(source.caption)}
+    def _mask(self, config: DatasetConfig, source: Source) -> Record | str:
+        """Return what mask an example has: a file, the alpha channel of its picture, or none, so that all counts."""
+        if source.mask is not None:
+            return self._file(config, source.mask)
+        return "alpha" if getattr(config, "alpha_mask", False) else "none"
+
+    def record_text(self, config: DatasetConfig, of: Source | Text) -> Record:
+        """Return what the text cache of a media file, or of another text, says of how it was made."""
+        record = {**self._record(config), "caption": caption_hash(of.caption)}
+        if isinstance(of, Source):
+            record["media"] = {"path": relative(of.path, config.cache_directory)}
+        return {**record, "more": list(map(caption_hash, of.more_captions))} if of.more_captions else record
 
     def why_latents(self, config: DatasetConfig, item: DatasetItem, recorded: Record) -> str | None:
         """Return why latents are not those that would be made now, or None; their shapes are not looked at."""
@@ -95,12 +106,18 @@ class Making:
             return "other control files"
         if not all(self._is_same(config, *pair) for pair in zip(item.source.controls, controls, strict=True)):
             return "the control file changed"
+        if item.source.masked:
+            now, mask = item.source.mask, recorded.get("mask")
+            if not (self._is_same(config, now, mask) if now else self._mask(config, item.source) == mask):
+                return "the mask changed"
         return None
 
-    def why_text(self, source: Source, recorded: Record) -> str | None:
+    def why_text(self, of: Source | Text, recorded: Record) -> str | None:
         """Return why a text cache is not the one that would be made now, or None."""
-        if recorded.get("caption") != caption_hash(source.caption):
+        if recorded.get("caption") != caption_hash(of.caption):
             return "caption changed"
+        if recorded.get("more", []) != list(map(caption_hash, of.more_captions)):
+            return "captions changed"
         return self._why_models(recorded)
 
     def _why_models(self, recorded: Record) -> str | None:

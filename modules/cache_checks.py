@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from dataset.cache import media_name
+from dataset.cache import extra_text_path, media_name
 from dataset.items import captions_now
 from dataset.loader import CachedDataset
 from utils.errors import UserError
@@ -27,11 +27,26 @@ def check_fresh(data: CachedDataset, allow_stale: bool) -> None:
         logger.warning("--allow_stale: %s", found)
 
 
+def is_one_frame(data: CachedDataset) -> bool:
+    """Return whether some of the caches are of one-frame training."""
+    return any("f_indices" in item.names for items in data.items for item in items)
+
+
+def check_one_frame(data: CachedDataset, asked: bool) -> None:
+    """Raise UserError where one-frame training is asked for and no cache is of it."""
+    if asked and not is_one_frame(data):
+        raise UserError("--one_frame: the caches are not of one-frame training", "run wan_cache_latents.py --one_frame")
+
+
 def changed_captions(data: CachedDataset) -> list[Path]:
     """Return the latent caches whose caption is no longer the one that their text was cached for."""
     changed = []
     for config, items in zip(data.configs, data.items, strict=True):
         names = {item: media_name(config, item.latents) for item in items if item.caption is not None}
         now = captions_now(config, set(names.values()))
-        changed += [item.latents for item, name in names.items() if now.get(name) not in (None, item.caption.strip())]
+        for item, name in names.items():
+            first, *more = now.get(name, [item.caption.strip()])
+            others = tuple(extra_text_path(config, each) for each in more) if name in now else item.more_texts
+            if (first, others) != (item.caption.strip(), item.more_texts):
+                changed.append(item.latents)
     return changed

@@ -22,6 +22,8 @@ from utils.safetensors_io import save_file_atomically
 
 logger = logging.getLogger(__name__)
 
+# What musubi-tuner's metadata have no entry for: as JSON, task, precision and what else the result depends on.
+OWN_KEY = "wan_tuner"
 # What a file says of itself with --no_metadata: enough to load it.
 _MINIMUM = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 
@@ -97,7 +99,7 @@ def check_saving(
 def _is_of(name: str, path: Path) -> bool:
     """Tell whether a file, or a state, has a name that a run called `name` writes."""
     ending = path.name.removeprefix(name)
-    return path.name.startswith(name) and bool(re.fullmatch(r"(-\d+|-step\d+|)(-state|\.safetensors)", ending))
+    return path.name.startswith(name) and bool(re.fullmatch(r"(-\d+|-step\d+|)(-state|(_ema)?\.safetensors)", ending))
 
 
 @dataclass
@@ -110,6 +112,7 @@ class Checkpoints:
     dtype: torch.dtype = torch.float32  # of the tensors, where the options ask for no other
     hashed: bool = True  # with hashes of the tensors, for which all of them are copied in memory
     written: set[str] = field(default_factory=set)  # names; only what this run wrote is ever deleted
+    suffix: str = ""  # of the names
 
     def save_step(self, tensors: Mapping[str, Tensor], step: int, epoch: int) -> None:
         """Save after an optimizer step; epoch: how many are complete."""
@@ -131,7 +134,7 @@ class Checkpoints:
         return self._save(tensors, "", step, epoch)
 
     def _path(self, ending: str) -> Path:
-        return self.options.output_dir / f"{self.options.output_name}{ending}.safetensors"
+        return self.options.output_dir / f"{self.options.output_name}{ending}{self.suffix}.safetensors"
 
     def _save(self, tensors: Mapping[str, Tensor], ending: str, step: int, epoch: int) -> Path:
         precision = self.options.save_precision
@@ -141,7 +144,8 @@ class Checkpoints:
         metadata = {**self.metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(now)}
         metadata["modelspec.date"] = datetime.fromtimestamp(now).isoformat(timespec="seconds")
         if self.no_metadata:
-            metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_") or key in _MINIMUM}
+            left_out = {key for key in metadata if key == OWN_KEY or key.startswith("ss_")} - {*_MINIMUM}
+            metadata = {key: text for key, text in metadata.items() if key not in left_out}
         save_file_atomically(stored, path, with_hashes(stored, metadata) if self.hashed else metadata)
         self.written.add(path.name)
         logger.info("saved %s", path)

@@ -89,7 +89,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "datasets": [_dataset_json(each) for each in report.datasets],
         "totals": {
             "examples": sum(len(each.clips) for each in report.datasets),
-            "batches_per_epoch": sum(each.batches() for each in report.datasets),
+            "batches_per_epoch": sum(each.batches() for each in report.datasets if not each.config.validation),
             "dropped": dict(report.dropped),
             "latent_bytes": report.latent_bytes,
             "text_bytes": report.text_bytes,
@@ -103,6 +103,7 @@ def _dataset_json(each: DatasetReport) -> dict[str, Any]:
     return {
         "where": each.config.where,
         "kind": each.config.kind,
+        "validation": each.config.validation,
         "cache_directory": str(each.config.cache_directory),
         "files": [_file_json(file) for file in each.files],
         "buckets": [
@@ -177,6 +178,8 @@ def _clip_html(clip: ClipReport) -> str:
     if item.frames > 1:
         pictures["last frame"] = clip.last
     pictures |= {f"control {number}": control for number, control in enumerate(clip.controls, 1)}
+    if clip.mask:
+        pictures["mask"] = clip.mask
     shown = "".join(
         f'<img alt="{name}" title="{name}" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}">'
         for name, picture in pictures.items()

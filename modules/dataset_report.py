@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset.cache import latent_path
+from dataset.captions import texts_of
 from dataset.config import DatasetConfig, VideoConfig
 from dataset.items import DatasetItem, Source, find_sources, uncaptioned
 from dataset.media import (
@@ -66,6 +67,7 @@ class ClipReport:
     first: bytes = b""  # its first frame as a small JPEG, and its last; empty unless asked for
     last: bytes = b""
     controls: tuple[bytes, ...] = ()  # the first frame of each
+    mask: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,10 @@ class Report:
     def totals(self) -> list[str]:
         """Return the sums in a few lines."""
         clips = [clip for each in self.datasets for clip in each.clips]
-        repeated = sum(each.config.num_repeats * len(each.clips) for each in self.datasets)
-        batches = sum(each.batches() for each in self.datasets)
+        trained = [each for each in self.datasets if not each.config.validation]
+        repeated = sum(each.config.num_repeats * len(each.clips) for each in trained)
+        batches = sum(each.batches() for each in trained)
+        measured = sum(len(each.clips) for each in self.datasets if each.config.validation)
         used = sum(1 for each in self.datasets for file in each.files if file.clips)
         lost = sum(self.dropped.values())
         why = ", ".join(f"{files} {reason}" for reason, files in self.dropped.most_common())
@@ -179,6 +183,7 @@ class Report:
         return [
             f"{count(len(clips), 'training example')} of {count(used, 'file')}",
             f"an epoch: {count(batches, 'batch', 'batches')} of {count(repeated, 'example')}, repeats counted",
+            *([f"validation: {count(measured, 'example')}, not trained on"] if measured else []),
             f"left out: {count(lost, 'file')} ({why})" if lost else "no file is left out",
             f"caches: {in_bytes(self.latent_bytes)} of latents, about {in_bytes(self.text_bytes)} of texts",
             f"time: reading took {duration(self.seconds)} here; encoding, by estimate, {duration(encoding)} on an "
@@ -227,7 +232,11 @@ def examine(
     return Report(
         datasets=tuple(reports),
         encoded=sum(_encoded_pixels(clip.item, controls, names) for clip, controls in clips),
-        text_bytes=sum(_text_bytes(source.caption) for _, source in jobs),
+        text_bytes=sum(
+            _text_bytes(of.caption)
+            for config in configs
+            for of in texts_of(config, [source for its, source in jobs if its is config])
+        ),
         seconds=seconds,
     )
 
@@ -240,8 +249,10 @@ def _examine_file(
     thumbnails: bool,
     images: Sequence[str],
 ) -> FileReport:
-    file: dict[str, Any] = {"path": source.path, "caption": source.caption}
+    file: dict[str, Any] = {"path": source.path, "caption": "\n".join((source.caption, *source.more_captions))}
     notes = [] if source.caption else ["the caption is empty"]
+    if source.masked and source.mask is None and not getattr(config, "alpha_mask", False):
+        notes.append("no mask: all of it counts")
     try:
         if isinstance(config, VideoConfig):
             facts = probe_video(source.path)
@@ -311,11 +322,13 @@ def _clip_report(
     item = clip.item
     pictures = [clip.pixels[0], clip.pixels[-1], *(control[0] for control in clip.controls)] if thumbnails else []
     first, last, *controls = map(_thumbnail, pictures) if thumbnails else (b"", b"")
+    mask = _thumbnail(clip.mask[0]) if thumbnails and clip.mask is not None else b""
     size = _latent_bytes(item, len(clip.controls), names, dtype, shown)
-    return ClipReport(item, latent_path(config, item), size, first, last, tuple(controls))
+    return ClipReport(item, latent_path(config, item), size, first, last, tuple(controls), mask)
 
 
 def _thumbnail(frame: np.ndarray) -> bytes:
+    """Return a frame uint8 [H W 3], or a mask [H W], as a small JPEG."""
     height, width = frame.shape[:2]
     scale = min(1, THUMBNAIL / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -331,7 +344,8 @@ def _latent_bytes(item: DatasetItem, controls: int, names: Sequence[str], dtype:
     channels = 16 + (20 if "latents_image" in names else 0) + (16 if controls and not one_frame else 0)
     latents = channels * frames * (item.height // 8) * (item.width // 8) * dtype.itemsize
     features = 257 * 1280 * 2 * (controls if one_frame else shown) if "clip" in names else 0
-    return latents + features + (4 * frames if one_frame else 0) + HEADER
+    mask = 4 * frames * (item.height // 8) * (item.width // 8) * item.source.masked
+    return latents + mask + features + (4 * frames if one_frame else 0) + HEADER
 
 
 def _text_bytes(caption: str) -> int:

@@ -1,4 +1,4 @@
-"""Flow matching: which noise levels are trained, noised latents, the velocity target, and the loss."""
+"""Flow matching: which noise levels are trained, noised latents, and the velocity target."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ _SMALLEST_U = 1e-7  # keeps the normal quantile finite: |n| < 5.2
 
 @dataclass(frozen=True)
 class TimestepOptions:
-    """timesteps and loss"""
+    """timesteps"""
 
     timestep_sampling: str = option(
         "sigma",
@@ -44,8 +44,9 @@ class TimestepOptions:
     sigmoid_scale: float = option(1.0, "spread of the sigmoid and shift samplings")
     weighting_scheme: str = option(
         "none",
-        "loss weight by noise level (sigma_sqrt, cosmap), or density of --timestep_sampling sigma (logit_normal, mode)",
-        choices=("logit_normal", "mode", "cosmap", "sigma_sqrt", "none"),
+        "loss weight by noise level (sigma_sqrt, cosmap, min_snr), or density of --timestep_sampling sigma "
+        "(logit_normal, mode)",
+        choices=("logit_normal", "mode", "cosmap", "sigma_sqrt", "min_snr", "none"),
     )
     logit_mean: float = option(0.0, "mean of logit_normal and logsnr")
     logit_std: float = option(1.0, "deviation of logit_normal and logsnr")
@@ -62,7 +63,7 @@ class TimestepOptions:
 
 def check_timesteps(options: TimestepOptions) -> None:
     """Raise UserError for bounds and scales that leave nothing to draw."""
-    low, high = _bounds(options)
+    low, high = bounds(options)
     if not 0 <= low < high <= 1:
         raise UserError(
             f"--min_timestep {low * 1000:g} --max_timestep {high * 1000:g}: no timestep lies between them",
@@ -91,7 +92,7 @@ def sample_timesteps(
     draw = _SAMPLINGS[options.timestep_sampling]
     given = None if uniforms is None else torch.tensor(uniforms, dtype=torch.float32)
     t = draw(options, _uniform(count, generator) if given is None else given, height, width, generator)
-    low, high = _bounds(options)
+    low, high = bounds(options)
     if options.preserve_distribution_shape:
         t = _redrawn(t, low, high, lambda n: draw(options, _uniform(n, generator), height, width, generator))
     else:
@@ -128,7 +129,7 @@ def sample_one_sided(
 
 def check_sides(options: TimestepOptions, boundary: float) -> None:
     """Raise UserError where the bounds leave nothing to train on one side of a boundary."""
-    low, high = _bounds(options)
+    low, high = bounds(options)
     if low >= boundary:
         raise UserError(
             f"--min_timestep {low * 1000:g}: nothing is left for the low-noise model, below {boundary * 1000:g}",
@@ -152,24 +153,8 @@ def noised(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - t) * latents + t * noise, noise - latents
 
 
-def flow_loss(prediction: Tensor, velocity: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the mean squared error of the predicted velocity [B C F H W], float32; weights [B] or None."""
-    error = (prediction.float() - velocity.float()).square()
-    if weights is not None:
-        error = error * rearrange(weights, "b -> b 1 1 1 1")
-    return error.mean()
-
-
-def loss_weights(scheme: str, t: Tensor) -> Tensor | None:
-    """Return the loss weight of each t [B], or None where all weigh the same (arXiv:2403.03206, section 3.1)."""
-    if scheme == "sigma_sqrt":
-        return t.clamp(min=1e-3) ** -2
-    if scheme == "cosmap":
-        return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
-    return None
-
-
-def _bounds(options: TimestepOptions) -> tuple[float, float]:
+def bounds(options: TimestepOptions) -> tuple[float, float]:
+    """Return between which t the timesteps of training lie."""
     low = 0 if options.min_timestep is None else options.min_timestep
     high = 1000 if options.max_timestep is None else options.max_timestep
     return low / 1000, high / 1000

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from modules.clips import read_clip
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
 from modules.latent_encoding import as_pixels
+from modules.one_frame import encode_controls
 from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.resuming import Failures, left_to_make
@@ -65,6 +67,7 @@ class Condition:
 
     y: Tensor | None = None  # [C f h w]: mask, image, control
     image_features: Tensor | None = None  # [1 257 1280], or [2 257 1280] for a first and a last picture
+    frame_indices: Sequence[int] | None = None  # where in time the f latent frames are, if not at 0 to f-1
     video: Tensor | None = None  # [16 f h w]: the latents to start from
 
 
@@ -80,6 +83,18 @@ def output_size(request: Request) -> tuple[int, int]:
 def output_frames(request: Request, config: WanConfig) -> int:
     """Return the frames that are decoded: an end image that the model has no place for comes with four more."""
     return request.frames + (VAE_FRAMES if request.end_image is not None and "last" not in config.images else 0)
+
+
+def denoised_frames(request: Request, config: WanConfig) -> int:
+    """Return the frames of the video that is denoised: of one frame, its control pictures too, a latent frame each."""
+    if request.one_frame:
+        return VAE_FRAMES * len(request.one_frame.controls) + 1
+    return output_frames(request, config)
+
+
+def wanted_frames(request: Request, latent: Tensor) -> Tensor:
+    """Return of denoised latents [16 f h w] those that are wanted: of one frame, without its control pictures."""
+    return latent[:, request.one_frame.place, None] if request.one_frame else latent
 
 
 def latent_size(frames: int, width: int, height: int) -> tuple[int, int, int]:
@@ -125,7 +140,7 @@ def is_guided(request: Request, config: WanConfig, sampling: SamplingOptions) ->
 def step_of(request: Request, config: WanConfig, sampling: SamplingOptions) -> MemoryStep:
     """Return what the largest step of a request computes."""
     width, height = output_size(request)
-    grid = latent_size(output_frames(request, config), width, height)
+    grid = latent_size(denoised_frames(request, config), width, height)
     weights = request.guidance_scale, request.guidance_scale_high_noise
     letters = set(pattern_of(request.steps, sampling))
     passes = max(len(predictions(letter, weight)) for letter in letters for weight in weights)
@@ -174,10 +189,13 @@ def denoise(
     prompt, negative = (
         None if text is None else dit.context([text], features, reused=True) for text in (texts.prompt, texts.negative)
     )
+    seen: dict[str, Any] = {"y": y}
+    if condition.frame_indices is not None:
+        seen["frame_indices"] = [condition.frame_indices]
     passes = {
-        "conditional": {"text": prompt, "y": y},
-        "unconditional": {"text": negative, "y": y},
-        "skipped": {"text": negative, "y": y, "skip_blocks": skipped_blocks(sampling)},
+        "conditional": {"text": prompt, **seen},
+        "unconditional": {"text": negative, **seen},
+        "skipped": {"text": negative, **seen, "skip_blocks": skipped_blocks(sampling)},
     }
     computed: dict[str, Tensor] = {}
     pattern = pattern_of(steps, sampling)
@@ -281,6 +299,7 @@ def encode_conditions(
         Condition(
             encode_condition(request, vae, config),
             image_features,
+            request.one_frame.indices if request.one_frame else None,
             encode_video(request, vae, output_frames(request, config), *output_size(request)),
         )
         for request, image_features in zip(progress, features, strict=True)
@@ -291,6 +310,8 @@ def encode_conditions(
 def encode_condition(request: Request, vae: WanVAE, config: WanConfig) -> Tensor | None:
     """Return the channels [C f h w] that the DiT sees beside the noise: of pictures, of a control video, if any."""
     width, height = output_size(request)
+    if request.one_frame:
+        return encode_controls(request.one_frame, vae, width, height)
     y = None
     if config.images:
         first = picture_pixels(request.image, width, height)
@@ -334,9 +355,9 @@ def denoise_all(
     failures: notes what keeps one from being made, which then is None; else it ends all.
     """
 
-    def on_step(step: Step, x: Tensor, clean: Tensor) -> None:
+    def on_step(request: Request, step: Step, x: Tensor, clean: Tensor) -> None:
         for watcher in watchers:
-            watcher.step(step, clean[0])
+            watcher.step(step, wanted_frames(request, clean[0]))
         progress.update()
 
     dit = models.load_dit([step_of(request, models.config, sampling) for request in requests])
@@ -360,7 +381,7 @@ def denoise_all(
             latent = None
             with failures.attempt(request) if failures else contextlib.nullcontext():
                 width, height = output_size(request)
-                frames = output_frames(request, models.config)
+                frames = denoised_frames(request, models.config)
                 drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
                 noise = processes.first(drawn).to(models.device)
                 x, first = start(request, sampling.sample_solver, noise, condition.video)
@@ -373,9 +394,10 @@ def denoise_all(
                     request.flow_shift,
                     guidance_of(request, models.config),
                     sampling,
-                    on_step,
+                    partial(on_step, request),
                     first,
                 ).cpu()
+                made = wanted_frames(request, made)
                 if not bool(torch.isfinite(made).all()):
                     raise UserError(
                         f"--seed {request.seed}: the latents are not finite",

@@ -150,7 +150,7 @@ class Models:
 
     def _load_dit(self, steps: Sequence[MemoryStep], path: Path, option: str) -> WanModel:
         files = self.lora.high_noise_files() if option == HIGH else self.lora.files()
-        return load_dit(
+        model = load_dit(
             path,
             self.config,
             compute_dtype(dit_dtype(self.dit.dit), self.device),
@@ -168,6 +168,8 @@ class Models:
             residual_dtype=parse_dtype(self.dit.residual_dtype),
             option=option,
         )
+        model.second_picture_as_text = self.dit.compat_musubi
+        return model
 
     def kept(self, name: str, load: Callable[[], Loaded]) -> Loaded:
         """Return what load() does; those who keep models (modules/interactive.py) load each, known by a name, once."""

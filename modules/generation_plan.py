@@ -170,6 +170,8 @@ def _log_request(request: Request, config: WanConfig) -> None:
     width, height = output_size(request)
     if (width, height) != (request.width, request.height):
         asked += f"; in the shape of the start image {height} high, {width} wide"
+    if request.one_frame:
+        asked += f"; one frame at {request.one_frame.target} in time"
     frames = output_frames(request, config)
     logger.info(
         "%s, %d frame%s, %d steps, shift %g, guidance %g, seed %d",
@@ -226,6 +228,12 @@ def describe_request(request: Request, models: Models, sampling: SamplingOptions
     if request.video is not None:
         pictures["video_path"], described["strength"] = request.video, request.strength
     described.update({name: str(path.absolute()) for name, path in pictures.items() if path is not None})
+    if request.one_frame:
+        controls = request.one_frame.controls
+        described["one_frame_inference"] = str(request.one_frame)
+        described["control_image_path"] = [str(control.picture.absolute()) for control in controls]
+        if masks := [str(control.mask.absolute()) for control in controls if control.mask]:
+            described["control_image_mask_path"] = masks
     return described
 
 

@@ -210,7 +210,8 @@ class _Examples:
         self.config, self.source, self.dtype, self.present, self.making = config, source, dtype, present, making
         self.images = images
         self.one_frame = "f_indices" in names
-        self.names = [*names, "latents_control"] if source.controls and not self.one_frame else names
+        controls = ["latents_control"] if source.controls and not self.one_frame else []
+        self.names = [*names, *controls, *(["latents_mask"] if source.masked else [])]
         self.reasons: dict[DatasetItem, str | None] = {}
 
     def why(self, item: DatasetItem) -> str | None:
@@ -241,7 +242,7 @@ class _Examples:
 
     def look(self, step: Callable[[], None]) -> None:
         """Look at the media before they are decoded, so that what is changed meanwhile is told by the next run."""
-        for path in (self.source.path, *self.source.controls):
+        for path in filter(None, (self.source.path, *self.source.controls, self.source.mask)):
             with contextlib.suppress(OSError):  # of which reading the file tells more
                 self.making.media.look(path, step)
 
@@ -252,7 +253,9 @@ class _Examples:
         channels = 16 + 20 * ("latents_image" in self.names) + 16 * ("latents_control" in self.names)
         pictures = controls if self.one_frame else len(self.images)
         features = 257 * 1280 * 2 * ("clip" in self.names) * pictures
-        return channels * frames * (item.height // 8) * (item.width // 8) * self.dtype.itemsize + features + 1500
+        places = frames * (item.height // 8) * (item.width // 8)
+        mask = 4 * places * self.source.masked
+        return channels * places * self.dtype.itemsize + mask + features + 1500
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Pixels > VAE and CLIP > the tensors of latent cache files, by what is to be trained."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 from dataset.config import ImageConfig
+from dataset.masks import latent_mask
 from dataset.media import Clip
 from utils.devices import compute_dtype
 from wan.clip import ClipOptions, ImageEncoder, load_clip
-from wan.conditioning import first_frame_condition, first_last_condition
+from wan.conditioning import first_frame_condition, first_last_condition, one_frame_condition
 from wan.vae import VaeOptions, WanVAE, load_vae
+
+logger = logging.getLogger(__name__)
 
 # The tensors of a latent cache file, by what is to be trained. Wan2.2's image-to-video models know no CLIP.
 # Those of a model for a first and a last frame are called like those for a first frame.
@@ -58,7 +62,7 @@ def encode_clips(
 
     names: of latents [16 f h w], latents_image [20 f h w] and clip, the features of the frames that images names:
     [257 D] of the first one, [2 257 D] of the first and the last one. latents_control [16 f h w] is added where the
-    clips have controls.
+    clips have controls, latents_mask [1 f h w] where they have masks.
     """
     pixels = torch.stack([as_pixels(clip.pixels) for clip in clips])
     tensors = {"latents": encoders.vae.encode(pixels)}
@@ -74,6 +78,8 @@ def encode_clips(
         tensors["clip"] = features[0] if len(features) == 1 else torch.stack(features, dim=1)
     if clips[0].controls:
         tensors["latents_control"] = encoders.vae.encode(torch.stack([as_pixels(clip.controls[0]) for clip in clips]))
+    if clips[0].mask is not None:
+        tensors["latents_mask"] = torch.stack([_mask(clip) for clip in clips])
     return [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(clips))]
 
 
@@ -83,7 +89,7 @@ def encode_one_frame(encoders: LatentEncoders, clip: Clip, config: ImageConfig) 
 
     latents [16 N+1 h w] and latents_image [20 N+1 h w] hold the frames in the order of f_indices [N+1], each encoded
     alone; latents_image shows the controls (mask 1) and is grey in the picture's place (mask 0). clip [N 257 D] are the
-    features of the controls.
+    features of the controls. latents_mask [1 N+1 h w] is the picture's mask in every frame.
     """
     picture = as_pixels(clip.pixels)
     controls = [as_pixels(control) for control in clip.controls]
@@ -93,17 +99,24 @@ def encode_one_frame(encoders: LatentEncoders, clip: Clip, config: ImageConfig) 
     indices = config.frame_indices
     place = indices.index(config.fp_1f_target_index)
     frames = [*control_latents[:place], picture_latent, *control_latents[place:]]
-    shown = [*control_latents[:place], grey, *control_latents[place:]]
-    mask = torch.ones(4, len(indices), *picture_latent.shape[2:])
-    mask[:, place] = 0
     tensors = {
         "latents": torch.cat(frames, dim=1),
-        "latents_image": torch.cat([mask, torch.cat(shown, dim=1)]),
+        "latents_image": one_frame_condition(control_latents, grey, place),
         "f_indices": torch.tensor(indices),
     }
     if encoders.clip is not None:
         tensors["clip"] = encoders.clip.encode(torch.stack([control[:, 0] for control in controls]))
+    if clip.mask is not None:
+        tensors["latents_mask"] = _mask(clip).expand(-1, len(indices), -1, -1)
     return tensors
+
+
+def _mask(clip: Clip) -> Tensor:
+    """Return a clip's mask [1 f h w]; warn of one from which nothing is learned."""
+    mask = latent_mask(clip.mask)
+    if not mask.any():
+        logger.warning("%s: the mask of %s is black all over: nothing is learned", clip.item.source.path, clip.item.key)
+    return mask
 
 
 def as_pixels(frames: np.ndarray) -> Tensor:

@@ -1,5 +1,7 @@
 """What the DiT predicts of a batch, under the conditions that its task has."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -7,15 +9,30 @@ from dataset.loader import Batch
 from wan.configs import WanConfig
 
 
-def predict(dit: nn.Module, config: WanConfig, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Told:
+    """How the DiT is told where and how noisy the latents are: as they are, or as musubi-tuner tells it."""
+
+    places: bool = True  # the places in time of one-frame caches; else frames count from 0
+    timestep_offset: float = 0.0  # on top of 1000 t
+
+
+def as_told(compat_musubi: bool, timestep_sampling: str) -> Told:
+    """Return how the DiT is told with --compat_musubi, or without."""
+    if not compat_musubi:
+        return Told()
+    return Told(places=False, timestep_offset=0.0 if timestep_sampling == "sigma" else 1.0)
+
+
+def predict(dit: nn.Module, config: WanConfig, batch: Batch, x_t: Tensor, t: Tensor, told: Told = Told()) -> Tensor:
     """Return the velocity [B 16 F H W] predicted at x_t [B 16 F H W] and t [B] under a batch's conditions."""
     features = batch.clip if config.clip and config.images else None
     if features is not None:
         # Pictures of one video one after the other.
         features = features.reshape(-1, *features.shape[-2:])
-    indices = None if batch.frame_indices is None else batch.frame_indices.tolist()
+    indices = None if batch.frame_indices is None or not told.places else batch.frame_indices.tolist()
     y = condition_latents(config, batch)
-    return dit(x_t, 1000 * t, batch.text, y=y, image_features=features, frame_indices=indices)
+    return dit(x_t, 1000 * t + told.timestep_offset, batch.text, y=y, image_features=features, frame_indices=indices)
 
 
 def condition_latents(config: WanConfig, batch: Batch) -> Tensor | None:

@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from dataset.cache import read_header
-from dataset.config import load_config
+from dataset.config import DatasetConfig, load_config
 from dataset.loader import CachedDataset, CachedItem
-from modules.cache_checks import check_fresh
+from modules.cache_checks import check_fresh, check_one_frame
 from modules.checkpoints import check_saving
+from modules.ema import check_ema
 from modules.flow_matching import check_sides, check_timesteps
 from modules.generation import step_of
 from modules.generation_options import GenerationPairOptions, RunOptions, SamplingOptions
+from modules.losses import check_loss
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
 from modules.states import State, check_fit, check_states, find_state, position
 from modules.train_options import AttentionOptions, PrecisionOptions, TrainingOptions, TrainOptions
 from modules.trained import Trained
+from modules.validation import ValidationPlan, check_validation, plan_validation
 from utils.errors import UserError
 from wan.attention import check_attention
 from wan.block_swap import check_swap
@@ -48,6 +51,7 @@ class Plan:
     attn_mode: str
     compiling: CompileOptions
     samples: SamplePlan | None
+    validation: ValidationPlan | None = None
     state: State | None = None  # that the run goes on from
     begun: int = 0  # batches of the next epoch that each process leaves out
 
@@ -59,6 +63,8 @@ class Plan:
             for config, items in zip(self.data.configs, self.data.items, strict=True)
             for item in items
         }
+        if self.validation:
+            sizes |= {(dict(items[0].shapes)["latents"][1:], len(items)) for _, items in self.validation.batches}
         sampled = self.samples.samples if self.samples else ()
         samples = [step_of(each.request, self.config, SamplingOptions()) for each in sampled]
         return [*(Step(grid, batch, 1, *how) for grid, batch in sizes), *samples]
@@ -71,6 +77,8 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     _check_numbers(options.training)
     _warn_of_unused(options.precision)
     check_timesteps(options.timesteps)
+    check_ema(options.ema, trained.beside)
+    check_loss(options.loss, options.timesteps.weighting_scheme)
     attn_mode = choose_attention(options.attention)
     compiling = options.compiling.resolved()
     check_compile(compiling, device)
@@ -90,10 +98,12 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         raise UserError("--weights_on_disk: is not available in fine-tuning, whose weights change", "leave it out")
     mixed_precision, dtype = trained.check(options, shape, dit_dtype(options.dit.dit), device, seed)
     check_swap(options.swap, shape.blocks)
-    data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
-    for items in data.items:
-        check_caches(items, config, shape)
-    check_fresh(data, options.training.allow_stale)
+    check_validation(options.validation, datasets)
+    data, measured = (
+        _cached([each for each in datasets if each.validation == held], options, seed, config, shape)
+        for held in (False, True)
+    )
+    validation = plan_validation(options.validation, options.timesteps, data, measured)
     batches = math.ceil(len(data) / processes)
     total_steps, epochs = run_length(options.training, batches)
     begun = 0
@@ -132,6 +142,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         attn_mode=attn_mode,
         compiling=compiling,
         samples=samples,
+        validation=validation,
         state=state,
         begun=begun,
     )
@@ -153,6 +164,20 @@ def check_paired(options: TrainOptions, trained: Trained, shape: WanShape, confi
         quantize=precision.quantize,
     )
     check_sides(options.timesteps, config.boundary)
+
+
+def _cached(
+    datasets: list[DatasetConfig], options: TrainOptions, seed: int, config: WanConfig, shape: WanShape
+) -> CachedDataset | None:
+    """Return the caches of datasets, known to fit the task, or None where there are no datasets."""
+    if not datasets:
+        return None
+    data = CachedDataset(datasets, seed, options.timesteps.num_timestep_buckets)
+    for items in data.items:
+        check_caches(items, config, shape)
+    check_fresh(data, options.training.allow_stale)
+    check_one_frame(data, options.samples.one_frame)
+    return data
 
 
 def run_length(training: TrainingOptions, batches: int) -> tuple[int, int]:

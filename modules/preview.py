@@ -82,6 +82,8 @@ def _as_files(config: DatasetConfig, options: PreviewOptions) -> Show:
         path = path.parent / "preview" / path.with_suffix(".mp4" if clip.item.source.is_video else ".png").name
         path.parent.mkdir(parents=True, exist_ok=True)
         controls = {path.with_stem(f"{path.stem}_control_{i}"): control for i, control in enumerate(clip.controls)}
+        if clip.mask is not None:
+            controls[path.with_stem(f"{path.stem}_mask")] = _shown(clip.mask)
         for place, pixels in {path: clip.pixels, **controls}.items():
             files = Files(video=place) if clip.item.source.is_video else Files(images=place)
             with frame_writer(files, len(pixels), FPS, None) as write:
@@ -121,9 +123,15 @@ def _in_console(config: DatasetConfig, options: PreviewOptions) -> Show:
 
 
 def _pictures(clip: Clip) -> list[np.ndarray]:
-    """Return what is shown of a clip: its first frame, its last one, and the first of each control."""
+    """Return what is shown of a clip: its first frame, its last one, the first of each control, and of its mask."""
     last = [clip.pixels[-1]] if len(clip.pixels) > 1 else []
-    return [clip.pixels[0], *last, *(control[0] for control in clip.controls)]
+    mask = [] if clip.mask is None else [_shown(clip.mask)[0]]
+    return [clip.pixels[0], *last, *(control[0] for control in clip.controls), *mask]
+
+
+def _shown(mask: np.ndarray) -> np.ndarray:
+    """Return a mask uint8 [F H W] as pixels [F H W 3]."""
+    return np.repeat(mask[..., None], 3, axis=-1)
 
 
 def as_blocks(frame: np.ndarray, columns: int) -> str:

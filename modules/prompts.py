@@ -7,13 +7,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
 from modules.clips import count_frames
+from modules.one_frame import OneFrame, make_one_frame
 from utils.errors import UserError
 from utils.files import require_file
 from utils.options import option
@@ -36,7 +37,8 @@ class PromptOptions:
     negative_prompt: str | None = option(None, "what to keep away from; empty or left out: the task's default text")
     from_file: Path | None = option(
         None,
-        "text file with a prompt on each line, and behind it --w --h --f --d --s --g --fs --n --i --ei --cn",
+        "text file with a prompt on each line, and behind it --w --h --f --d --s --g --fs --n --i --ei --cn "
+        "--of --ci --cim",
     )
     skip_existing: bool = option(
         False, "with --from_file: name files after their lines, leave out lines whose files are there, and go on"
@@ -65,6 +67,18 @@ class PromptOptions:
     from_metadata: Path | None = option(
         None, "make this video, picture or latent again, by what it says of itself; typed options win"
     )
+    one_frame_inference: str | None = option(
+        None,
+        'make one frame of pictures at other times: "control_index=0,target_index=1" or, of two pictures, '
+        '"control_index=0;2,target_index=1", in quotes (docs/wan_1f.md)',
+        metavar="INDICES",
+    )
+    control_image_path: tuple[Path, ...] = option(
+        (), "the pictures that --one_frame_inference makes a frame of, one for each control_index"
+    )
+    control_image_mask_path: tuple[Path, ...] = option(
+        (), "masks for them: white where a picture counts, black where it does not; otherwise its alpha channel is that"
+    )
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class Request:
     image: Path | None = None
     end_image: Path | None = None
     control: Path | None = None
+    one_frame: OneFrame | None = None  # frames is 1 then
     video: Path | None = None  # to start from
     strength: float = 1.0  # noise level to start at
 
@@ -207,11 +222,11 @@ def line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions:
     """Return the command line's options with those of one prompt line in their place."""
     height, width = options.video_size
     size = (line.pop("video_size_height", height), line.pop("video_size_width", width))
-    known = {field.name for field in fields(PromptOptions)}
-    for letter, entry in LETTERS.items():
-        if entry.inference_key in line.keys() - known:
-            raise UserError(f"--{letter}: one-frame inference is not available", fix="leave it out")
-    paths = {name: Path(value) for name, value in line.items() if name.endswith("_path")}
+    paths = {
+        name: tuple(map(Path, value)) if isinstance(value, list) else Path(value)
+        for name, value in line.items()
+        if name.endswith("_path")
+    }
     return replace(options, **{**line, **paths, "video_size": size})
 
 
@@ -236,6 +251,7 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
     shift = default_flow_shift(config, width, height) if options.flow_shift is None else options.flow_shift
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(f"--flow_shift {shift}: must be above 0", fix=f"the default is {config.flow_shift}")
+    one_frame = _one_frame(options, config)
     seed = random.SystemRandom().randint(0, MAX_SEED) if options.seed is None else options.seed
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: must be 0 or more, and below 2^63", fix="leave it out for a random one")
@@ -244,12 +260,13 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
         negative_prompt=options.negative_prompt or config.negative_prefix + DEFAULT_NEGATIVE_PROMPT,
         width=width,
         height=height,
-        frames=frame_count(available_frames(options, config), config),
+        frames=1 if one_frame else frame_count(available_frames(options, config), config),
         steps=steps,
         flow_shift=shift,
         guidance_scale=guidance,
         guidance_scale_high_noise=guidance_high,
         seed=seed,
+        one_frame=one_frame,
         **_pictures(options, config),
         **_start(options),
     )
@@ -294,6 +311,25 @@ def frame_count(asked: int | None, config: WanConfig) -> int:
     return frames
 
 
+def _one_frame(options: PromptOptions, config: WanConfig) -> OneFrame | None:
+    """Return the frame that --one_frame_inference asks for, or None for a video."""
+    given = ("control_image_path", "control_image_mask_path")
+    if options.one_frame_inference is None:
+        for name in given:
+            if getattr(options, name):
+                fix = 'add --one_frame_inference "control_index=0,target_index=1"'
+                raise UserError(f"--{name}: is for one-frame inference", fix)
+        return None
+    pictures, masks = (getattr(options, name) for name in given)
+    one_frame = make_one_frame(options.one_frame_inference, pictures, masks, config)
+    for name in given:
+        for path in getattr(options, name):
+            check_picture(path, f"--{name}")
+    if options.video_length not in (None, 1):
+        logger.warning("--video_length %d: one-frame inference makes one frame", options.video_length)
+    return one_frame
+
+
 def _pictures(options: PromptOptions, config: WanConfig) -> dict[str, Path | None]:
     """Return the checked paths of the pictures that the task conditions on."""
     takes = {"image_path": bool(config.images), "end_image_path": bool(config.images), "control_path": config.control}
@@ -309,7 +345,10 @@ def _pictures(options: PromptOptions, config: WanConfig) -> dict[str, Path | Non
                 fix=f"use --task {' or '.join(tasks)}",
             )
         if path is None and needs[name]:
-            raise UserError(f"--{name} is missing: {config.name} needs {what[name]}", fix=f"give --{name} PATH")
+            controls = options.control_image_path  # of which it usually is one
+            usual = {"image_path": controls[0], "end_image_path": controls[-1]} if controls else {}
+            fix = f"give --{name} {usual.get(name, 'PATH')}"
+            raise UserError(f"--{name} is missing: {config.name} needs {what[name]}", fix)
     for name in ("image_path", "end_image_path"):
         if getattr(options, name) is not None:
             check_picture(getattr(options, name), f"--{name}")
@@ -317,7 +356,11 @@ def _pictures(options: PromptOptions, config: WanConfig) -> dict[str, Path | Non
         raise UserError(f"--end_image_path: is not available with {config.name}", fix="leave it out")
     if options.control_path is not None and not options.control_path.is_dir():
         require_file(options.control_path, "--control_path", "a control video")
-    return {"image": options.image_path, "end_image": options.end_image_path, "control": options.control_path}
+    end_image = options.end_image_path
+    if end_image and options.one_frame_inference is not None and not needs["end_image_path"]:
+        logger.warning("--end_image_path: ignored in one-frame inference, %s looks at one image", config.name)
+        end_image = None
+    return {"image": options.image_path, "end_image": end_image, "control": options.control_path}
 
 
 def _start(options: PromptOptions) -> dict[str, Any]:
@@ -329,6 +372,8 @@ def _start(options: PromptOptions) -> dict[str, Any]:
         if strength is not None:
             raise UserError(f"--strength {strength:g}: is for --video_path", fix="give that, or leave it out")
         return {}
+    if options.one_frame_inference is not None:
+        raise UserError(f"--video_path {path}: one-frame inference starts from noise", fix="leave one of them out")
     return {"video": path, "strength": DEFAULT_STRENGTH if strength is None else strength}
 
 

@@ -1,9 +1,13 @@
 """What the files of a training run say of how they were made."""
 
+import json
 from pathlib import Path
 
-from modules.checkpoints import model_metadata, new_session, training_metadata
+from modules.cache_checks import is_one_frame
+from modules.checkpoints import OWN_KEY, model_metadata, new_session, training_metadata
+from modules.generation_plan import project_version
 from modules.preflight import Plan
+from utils.identity import weights_identity
 
 
 def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str]:
@@ -12,7 +16,7 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
     batches: of an epoch, on one process.
     """
     options, trained, summary = plan.options, plan.trained, plan.data.summary()
-    timesteps, optimizer = options.timesteps, options.optimizer
+    timesteps, loss, optimizer = options.timesteps, options.loss, options.optimizer
     values = {
         **new_session(),
         "output_name": options.saving.output_name,
@@ -40,10 +44,13 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "logit_mean": timesteps.logit_mean,
         "logit_std": timesteps.logit_std,
         "mode_scale": timesteps.mode_scale,
+        **({"loss": loss.loss, "huber_delta": loss.huber_delta} if loss.loss != "mse" else {}),
+        **({"min_snr_gamma": loss.min_snr_gamma} if timesteps.weighting_scheme == "min_snr" else {}),
         "guidance_scale": 1.0,
         "timestep_sampling": timesteps.timestep_sampling,
         "sigmoid_scale": timesteps.sigmoid_scale,
         "discrete_flow_shift": timesteps.discrete_flow_shift,
+        **({"validation_split": split} if (split := options.validation.validation_split) else {}),
         "datasets": summary.metadata,
         "task": plan.config.name,
         "sd_model_name": Path(options.dit.dit).name,
@@ -53,7 +60,19 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
     family = "wan2.2" if plan.config.boundary else "wan2.1"
     bounds = (timesteps.min_timestep, timesteps.max_timestep)
     model = model_metadata(options.metadata, options.saving.output_name, family, trained.architecture, bounds)
-    return {**trained.file_metadata(), **training_metadata(values), **model}
+    high = options.pair.dit_high_noise
+    own = {
+        "task": plan.config.name,
+        "dit": weights_identity(options.dit.dit, "--dit"),
+        "dit_high_noise": high and weights_identity(high, "--dit_high_noise"),
+        "fp8_scaled": options.precision.fp8_scaled,
+        "quantize": options.precision.quantize,
+        "one_frame": is_one_frame(plan.data),
+        "compat_musubi": options.dit.compat_musubi,
+        "software": f"wan-tuner {project_version()}",
+    }
+    own = {name: value for name, value in own.items() if value}
+    return {**trained.file_metadata(), **training_metadata(values), **model, OWN_KEY: json.dumps(own)}
 
 
 def pair_metadata(plan: Plan) -> dict[str, str | float]:

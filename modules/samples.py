@@ -20,10 +20,11 @@ from modules.generation import (
     encode_conditions,
     encode_pictures,
     encode_prompts,
+    output_frames,
 )
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
-from modules.generation_plan import check_generation, describe_request
-from modules.outputs import Files, OutputOptions, Result
+from modules.generation_plan import check_generation, describe_request, describe_run
+from modules.outputs import MAX_FPS, Files, OutputOptions, Result
 from modules.prompts import LETTERS, PATCH_PIXELS, PromptOptions, Request, make_request, parse_training_prompt
 from utils.devices import release_memory
 from utils.errors import UserError
@@ -39,10 +40,10 @@ from wan.vae import VaeOptions, WanVAE
 
 logger = logging.getLogger(__name__)
 
-FPS = 16
 # What a prompt that says nothing gets; all but the size are what prompt files written for musubi-tuner count on.
 _DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}
-_KEYS = ("prompt", *dict.fromkeys(letter.training_key for letter in LETTERS.values() if letter.training_key), "enum")
+_LETTER_KEYS = dict.fromkeys(letter.training_key for letter in LETTERS.values() if letter.training_key)
+_KEYS = ("prompt", *_LETTER_KEYS, "control_image_mask_path", "enum")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class SampleOptions:
     sample_every_n_steps: int | None = option(None, "make samples after every N steps")
     sample_every_n_epochs: int | None = option(None, "make samples after every N epochs")
     sample_at_first: bool = option(False, "make samples before training as well")
+    sample_fps: int = option(16, "frames per second of sample videos; Wan's motion is made for 16")
+    one_frame: bool = option(
+        False, "train on one-frame caches; each prompt must say by --of where in time its frame is (docs/wan_1f.md)"
+    )
 
 
 @dataclass(frozen=True)
@@ -107,15 +112,20 @@ def plan_samples(
     if not wanted:
         logger.warning("--sample_prompts: no samples are made without --sample_every_n_epochs or _steps")
         return None
+    if not 1 <= options.sample_fps <= MAX_FPS:
+        raise UserError(f"--sample_fps {options.sample_fps}: must be from 1 to {MAX_FPS}", "Wan's videos have 16")
     config = TASKS[dit.task]
-    samples = tuple(read_samples(options.sample_prompts, config))
+    samples = tuple(read_samples(options.sample_prompts, config, options.one_frame))
     models = Models(config, device, dit, *encoders, LoraOptions(), run)
     check_generation([sample.request for sample in samples], models, SamplingOptions(), OutputOptions())
     return SamplePlan(options, samples, models, output[0] / "sample", output[1])
 
 
-def read_samples(path: Path, config: WanConfig) -> list[Sample]:
-    """Return the samples that a prompt file asks for. Raises UserError naming the line or entry that is wrong."""
+def read_samples(path: Path, config: WanConfig, one_frame: bool = False) -> list[Sample]:
+    """Return the samples that a prompt file asks for. Raises UserError naming the line or entry that is wrong.
+
+    one_frame: each must say where in time its one frame is.
+    """
     require_file(path, "--sample_prompts", "a file of prompts")
     readers = {".txt": _read_lines, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
@@ -131,7 +141,12 @@ def read_samples(path: Path, config: WanConfig) -> list[Sample]:
     samples = []
     for number, entry in enumerate(entries, 1):
         try:
-            samples.append(Sample(make_request(_prompt_options(entry), config), "seed" in entry))
+            options = _prompt_options(entry)
+            if one_frame and options.one_frame_inference is None:
+                controls = ";".join(str(2 * i) for i in range(max(len(options.control_image_path), 1)))
+                fix = f"add --of target_index=1,control_index={controls} and --ci, or leave --one_frame out"
+                raise UserError("there is no --of, which --one_frame asks for", fix)
+            samples.append(Sample(make_request(options, config), "seed" in entry))
         except UserError as error:
             raise UserError(f"--sample_prompts {path}, prompt {number}: {error.problem}", error.fix) from None
     return samples
@@ -162,9 +177,6 @@ def _prompt_options(entry: dict[str, Any]) -> PromptOptions:
     for key in entry:
         if key not in _KEYS:
             raise UserError(f"'{key}': unknown key", suggest(key, _KEYS) or f"choose from {', '.join(_KEYS)}")
-    for key in ("control_image_path", "one_frame"):
-        if key in entry:
-            raise UserError(f"{key}: one-frame inference is not available", "leave it out")
     values = {**_DEFAULTS, **entry}
     try:
         width, height = (max(int(values[key]) // PATCH_PIXELS, 1) * PATCH_PIXELS for key in ("width", "height"))
@@ -178,10 +190,17 @@ def _prompt_options(entry: dict[str, Any]) -> PromptOptions:
             flow_shift=float(values["discrete_flow_shift"]),
             guidance_scale=float(values["cfg_scale"]) if "cfg_scale" in values else None,
             seed=int(values["seed"]) if "seed" in values else None,
+            one_frame_inference=values.get("one_frame"),
             **{name: Path(values[key]) for name, key in paths.items() if values.get(key)},
+            **{name: _several(values.get(name)) for name in ("control_image_path", "control_image_mask_path")},
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"a value is of the wrong type ({error})") from None
+
+
+def _several(value: Any) -> tuple[Path, ...]:
+    """Return one path or a list of them, as a .json or .toml file may have it."""
+    return tuple(map(Path, [value] if isinstance(value, str) else value or ()))
 
 
 class Sampler:
@@ -191,6 +210,7 @@ class Sampler:
         self.plan = plan
         self.requests = [sample.request for sample in plan.samples]
         models, sampling = plan.models, SamplingOptions()
+        self.run = describe_run(models, sampling)
         self.texts: list[Texts] = encode_prompts(self.requests, models, sampling)
         release_memory(models.device)
         features = encode_pictures(self.requests, models)
@@ -216,33 +236,43 @@ class Sampler:
     def make(self, dit: WanModel, trained: nn.Module, step: int, epoch: int | None = None) -> list[Path]:
         """Write the samples and return their files; the random numbers of training are not touched."""
         device = self.plan.models.device
-        results = self._results(f"{step:06d}" if epoch is None else f"e{epoch:06d}")
+        results = self._results(f"{step:06d}" if epoch is None else f"e{epoch:06d}", step)
         models = LiveModels(**vars(self.plan.models), live=dit)
         trained.eval()
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 latents = denoise_all(self.requests, self.texts, self.conditions, models, SamplingOptions(), results)
                 release_memory(device)
-                decode_all(latents, results, self.vae.to(device), FPS)
+                decode_all(latents, results, self.vae.to(device), self.plan.options.sample_fps)
         finally:
             trained.train()
             self._park()
         self._last_step = step
         return [path for result in results for path in (result.files.video, result.files.images) if path]
 
+    def attempt(self, dit: WanModel, trained: nn.Module, step: int, epoch: int | None = None) -> list[Path]:
+        """Do what make() does, but log what goes wrong: no sample is worth the end of a run."""
+        try:
+            return self.make(dit, trained, step, epoch)
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            logger.error("no samples after step %d: %s. Training goes on", step, str(error).rstrip(".").splitlines()[0])
+            return []
+
     def _park(self) -> None:
         """Keep the VAE in main memory until the next samples."""
         self.vae.to("cpu")
         release_memory(self.plan.models.device)
 
-    def _results(self, when: str) -> Sequence[Result]:
+    def _results(self, when: str, step: int) -> Sequence[Result]:
         plan, now, results = self.plan, time.strftime("%Y%m%d%H%M%S"), []
+        trained = {"trained": plan.name, "training_step": step} if step else {}
         for number, sample in enumerate(plan.samples):
             request = sample.request
             seed = f"_{request.seed}" if sample.seeded else ""
             stem = f"{plan.name}_{when}_{number:02d}_{now}{seed}"
-            metadata = describe_request(request, plan.models, SamplingOptions())
-            one = request.frames == 1
+            metadata = {**describe_request(request, plan.models, SamplingOptions()), **self.run, **trained}
+            frames = output_frames(request, plan.models.config)
+            one = frames == 1
             files = Files(images=plan.folder / f"{stem}_000.png") if one else Files(video=plan.folder / f"{stem}.mp4")
-            results.append(Result(files, request.frames, metadata))
+            results.append(Result(files, frames, metadata))
         return results

@@ -6,6 +6,7 @@ fills it:
 model.safetensors      what is trained
 optimizer.bin          the optimizer's state_dict
 scheduler.bin          the learning-rate schedule's; scaler.bin that of float16's loss scale, where there is one
+ema.bin                the average of what is trained, where there is one
 random.safetensors     the states of all random number generators of all processes
 progress.json          how far the run is
 manifest.json          the SHA-256 of each of these
@@ -61,6 +62,7 @@ class Progress:
     batches: int = 0  # of the next epoch, on each process
     losses: tuple[float, ...] = ()  # of the last batches, for the average that is shown
     epoch_losses: tuple[float, ...] = ()  # of the batches of the unfinished epoch
+    epoch_bins: tuple[tuple[float, int], ...] = ()  # the sum and number of its errors in each bin of timesteps
     seed: int | None = None
     processes: int = 1
     epoch_batches: int | None = None  # batches of an epoch, of all processes
@@ -122,9 +124,14 @@ class State:
         with open_tensors(self.path / MODEL, "--resume") as file:
             return {key: file.get(key).clone() for key in file.keys()}  # noqa: SIM118
 
-    def load(self, name: str) -> Any:
-        """Return what optimizer.bin, scheduler.bin or scaler.bin holds, on the CPU."""
+    def load(self, name: str, needed: bool = True) -> Any:
+        """Return what optimizer.bin, scheduler.bin, scaler.bin or ema.bin holds, on the CPU.
+
+        needed: else None for a file that is not there.
+        """
         path = self.path / f"{name}.bin"
+        if not needed and not path.is_file():
+            return None
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

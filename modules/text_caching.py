@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dataset.cache import text_files, text_path, why_remake_text, write_text
+from dataset.cache import text_file, text_files, why_remake_text, write_text
+from dataset.captions import texts_of
 from dataset.config import DatasetConfig
-from dataset.items import Source, find_sources, uncaptioned
+from dataset.items import Source, Text, find_sources, uncaptioned
 from dataset.provenance import Making
 from modules.caching import CachingOptions, CachingResult, check_run, delete_stale, evenly, log_reasons, note_untold
 from modules.dry_run import log_plan
@@ -79,22 +80,21 @@ def cache_texts(
 class _Plan:
     """What there is to do."""
 
-    users: dict[str, list[tuple[DatasetConfig, Source]]]  # by caption: what its text is to be cached for
+    users: dict[str, list[tuple[DatasetConfig, Source | Text]]]  # by caption: what its text is to be cached for
     kept: list[Path]  # caches that are there and fit
-    expected: dict[Path, set[Path]]  # by cache folder: all caches that belong to a media file
+    expected: dict[Path, set[Path]]  # by cache folder: all caches that belong to a caption
 
 
 def _plan(configs: Sequence[DatasetConfig], options: CachingOptions, making: Making) -> _Plan:
     """Return what there is to do, in a dry run after telling it: nothing."""
     plan, reasons = _Plan({}, [], {}), Counter()
     for config in configs:
-        sources = find_sources(config)
-        plan.expected[config.cache_directory] = {text_path(config, source.name) for source in sources}
-        for source in sources:
-            path = text_path(config, source.name)
-            reason = why_remake_text(path, source, making)
+        paths = {text_file(config, of): of for of in texts_of(config, find_sources(config))}
+        plan.expected[config.cache_directory] = set(paths)
+        for path, of in paths.items():
+            reason = why_remake_text(path, of, making)
             if reason := reason if options.skip_existing else "asked for":
-                plan.users.setdefault(source.caption, []).append((config, source))
+                plan.users.setdefault(of.caption, []).append((config, of))
                 reasons[reason] += 1
             else:
                 plan.kept.append(path)
@@ -103,8 +103,8 @@ def _plan(configs: Sequence[DatasetConfig], options: CachingOptions, making: Mak
         log_reasons(reasons)
         note_untold(plan.kept)
     if options.dry_run:
-        users = [user for each in plan.users.values() for user in each]
-        log_plan(configs, {text_path(config, source.name): _bytes(source.caption) for config, source in users})
+        users = [(caption, user) for caption, users in plan.users.items() for user in users]
+        log_plan(configs, {text_file(*user): _bytes(caption) for caption, user in users})
         plan.users.clear()
     return plan
 

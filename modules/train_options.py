@@ -7,10 +7,13 @@ from accelerate.utils import DynamoBackend
 
 from dataset.config import DatasetOptions
 from modules.checkpoints import MetadataOptions, SavingOptions
+from modules.ema import EmaOptions
 from modules.flow_matching import TimestepOptions
+from modules.losses import LossOptions
 from modules.optimizers import OptimizerOptions
 from modules.samples import SampleOptions
 from modules.states import StateOptions
+from modules.validation import ValidationOptions
 from utils.options import option
 from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
@@ -132,6 +135,9 @@ class TrainOptions:
     swap: SwapOptions
     attention: AttentionOptions
     timesteps: TimestepOptions
+    loss: LossOptions
+    validation: ValidationOptions
+    ema: EmaOptions
     optimizer: OptimizerOptions
     saving: SavingOptions
     metadata: MetadataOptions

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,18 +19,22 @@ from tqdm import tqdm
 
 from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints
-from modules.flow_matching import flow_loss, loss_weights, noised, sample_one_sided, sample_timesteps
+from modules.ema import Average
+from modules.flow_matching import noised, sample_one_sided, sample_timesteps
 from modules.gradients import average_gradients
+from modules.losses import flow_loss, loss_weights, sample_errors
 from modules.optimizers import make_optimizer, make_schedule
-from modules.prediction import predict
+from modules.prediction import as_told, predict
 from modules.preflight import Plan, check
 from modules.run_logs import LoggingOptions, log_folder
 from modules.run_metadata import run_metadata
 from modules.samples import Sampler
 from modules.states import Progress, State, States, restore_optimizer, write_state
 from modules.stopping import Stop, command_to_resume
+from modules.timestep_bins import TimestepBins, in_words
 from modules.train_options import TrainOptions
 from modules.trained import Trained
+from modules.validation import Validator
 from utils.devices import default_device, dtype_name, parse_dtype
 from utils.errors import Stopped, UserError
 from wan.auto_swap import AutoSwap, auto_recommended
@@ -107,6 +112,8 @@ class Trainer:
         how = precision.gradient_checkpointing, offload, precision.gradient_checkpointing_keep_attention
         for model in each_model(dit):
             save_memory(model, *how)
+            model.second_picture_as_text = options.dit.compat_musubi
+        self.told = as_told(options.dit.compat_musubi, options.timesteps.timestep_sampling)
         self.trained = plan.trained
         self.module = self.trained.attach(dit, accelerator.device)
         self.parameters = list(self.module.parameters())
@@ -135,6 +142,11 @@ class Trainer:
             self.trained.file_dtype(),
             self.trained.hashed,
         )
+        decay = options.ema.ema_decay
+        self.ema = Average(self.parameters, decay) if decay else None
+        metadata = {**self.checkpoints.metadata, "ss_ema_decay": str(decay)}
+        # It has the same list of what was written.
+        self.ema_checkpoints = replace(self.checkpoints, metadata=metadata, suffix="_ema")
         self.states = States(options.states, options.saving)
         self.averaging = hasattr(self.optimizer.optimizer, "eval")  # schedule-free: what it trains is not what it means
         if self.averaging:
@@ -144,6 +156,10 @@ class Trainer:
         self.batches = 0  # of the unfinished epoch, on this process
         self.losses: deque[float] = deque(maxlen=len(self.loader))
         self.epoch_losses: list[float] = []  # of the unfinished epoch
+        self.bins = TimestepBins()  # its errors by how noisy the examples were
+        self.errors: tuple[Tensor, Tensor] | None = None  # t of the last batch's examples [B], and their errors [B]
+        validation = plan.validation
+        self.validator = Validator(validation, plan.config, accelerator, self.told) if validation else None
         self.bad_batches = 0  # of this step, those whose loss was no finite number
         self.bad_steps = 0  # the last ones, in a row
         self.stop = Stop()
@@ -154,6 +170,7 @@ class Trainer:
         """Train to the end and save the result."""
         self.log_start()
         if not self.plan.state:
+            self.validate(epoch=0)
             self.sample(epoch=0)
         total, silent = self.plan.total_steps, not self.accelerator.is_main_process
         # Closed also by an error, whose line would else stand at the end of the bar.
@@ -162,9 +179,7 @@ class Trainer:
                 self.epoch(epoch, progress)
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
             self.save_state(self.states.at_end())
-        if self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_final(self.trained.tensors(), self.step, self.plan.epochs)
+        self.save(lambda files: files.save_final(self.trained.tensors(), self.step, self.plan.epochs))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -179,6 +194,7 @@ class Trainer:
                 norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
             self.batches += 1
             self.epoch_losses.append(loss.item())
+            self.bins.add(*self.errors)
             self.losses.append(self.epoch_losses[-1])
             average = sum(self.losses) / len(self.losses)
             progress.set_postfix(avr_loss=average, **norms)
@@ -192,9 +208,11 @@ class Trainer:
             if self.step >= self.plan.total_steps:
                 break
         if self.epoch_losses:
-            self.log({"loss/epoch": sum(self.epoch_losses) / len(self.epoch_losses)}, epoch + 1)
+            means = self.bins.means("loss/epoch/")
+            self.log({"loss/epoch": sum(self.epoch_losses) / len(self.epoch_losses), **means}, epoch + 1)
+            logger.info("epoch %d: loss by timestep: %s", epoch + 1, in_words(means))
         if self.batches == len(self.loader):
-            self.epochs, self.batches, self.epoch_losses = epoch + 1, 0, []
+            self.epochs, self.batches, self.epoch_losses, self.bins = epoch + 1, 0, [], TimestepBins()
         self.after_epoch(epoch + 1)
 
     def gradients(self, batch: Batch) -> Tensor:
@@ -231,7 +249,7 @@ class Trainer:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, each sample at a noise level of its own."""
-        options, device = self.plan.options.timesteps, self.accelerator.device
+        options, kind, device = self.plan.options.timesteps, self.plan.options.loss, self.accelerator.device
         batch = batch.to(device)
         height, width = batch.latents.shape[-2:]
         sizes = (len(batch), height, width, self.generator, batch.timesteps)
@@ -240,8 +258,10 @@ class Trainer:
         t = t.to(device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
-        prediction = predict(self.dit, self.plan.config, batch, x_t, t)
-        return flow_loss(prediction, velocity, loss_weights(options.weighting_scheme, t))
+        prediction = predict(self.dit, self.plan.config, batch, x_t, t, self.told)
+        self.errors = t, sample_errors(prediction, velocity, batch.mask)
+        weights = loss_weights(options.weighting_scheme, t, kind.min_snr_gamma)
+        return batch.weight * flow_loss(prediction, velocity, weights, batch.mask, kind)
 
     def optimizer_step(self) -> dict[str, float]:
         """End an optimizer step, which a fused backward pass has done already; return what to log of the result."""
@@ -254,7 +274,10 @@ class Trainer:
             self.update(self.parameters)
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
-        return self.trained.limit()
+        norms = self.trained.limit()
+        if self.ema and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.update()
+        return norms
 
     def left_out(self) -> dict[str, float]:
         """Forget the gradients of a step; return what to log of it. Ends the run after too many in a row."""
@@ -292,11 +315,19 @@ class Trainer:
         due = every and self.step % every == 0  # and so has been saved
         if not (due and self.plan.options.states.save_state):
             self.save_state(state)
-        if not due and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        if not due:
+            self.save(lambda files: files.save_step(self.trained.tensors(), self.step, epoch))
         self.accelerator.wait_for_everyone()
         raise Stopped(f"stopped after step {self.step}; go on with: {command_to_resume(state)}", 128 + self.stop.number)
+
+    def save(self, write: Callable[[Checkpoints], object]) -> None:
+        """Write a file of what is trained and, where there is an average, one of that, on the main process."""
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                write(self.checkpoints)
+            if self.ema:
+                with self.ema.shown():
+                    write(self.ema_checkpoints)
 
     def save_state(self, path: Path) -> Path:
         """Save the state of the run, on all processes, and return its folder."""
@@ -310,6 +341,7 @@ class Trainer:
                 "optimizer": self.optimizer.optimizer.state_dict(),
                 "scheduler": self.schedule.state_dict(),
                 **({"scaler": scaler.state_dict()} if scaler else {}),
+                **({"ema": self.ema.state_dict()} if self.ema else {}),
             }
             generators = {f"{rank}/{name}": state for rank, own in enumerate(every) for name, state in own.items()}
             write_state(path, self.trained.tensors(), dictionaries, generators, self.progress())
@@ -323,6 +355,7 @@ class Trainer:
             batches=self.batches,
             losses=tuple(self.losses),
             epoch_losses=tuple(self.epoch_losses),
+            epoch_bins=self.bins.pairs(),
             seed=self.plan.seed,
             processes=self.accelerator.num_processes,
             epoch_batches=len(self.plan.data),
@@ -339,13 +372,17 @@ class Trainer:
         self.schedule.load_state_dict(state.load("scheduler"))
         if self.accelerator.scaler and state.whole:
             self.accelerator.scaler.load_state_dict(state.load("scaler"))
+        if self.ema and (average := state.load("ema", needed=False)):
+            self.ema.load_state_dict(average)
+        elif self.ema:
+            logger.warning("--resume %s: holds no average of the weights, which begins anew", state.path)
         saved = state.generators()
         for name, generator in self.generators().items():
             if f"{rank}/{name}" in saved:
                 generator.set_state(saved[f"{rank}/{name}"])
         self.step, self.epochs, self.batches = progress.step, progress.epoch, self.plan.begun
         self.losses.extend(progress.losses)
-        self.epoch_losses = list(progress.epoch_losses)
+        self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
         self.states.written.update(name for name in progress.written if name.endswith("-state"))
         self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
         logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
@@ -375,9 +412,9 @@ class Trainer:
 
     def after_step(self, epoch: int) -> None:
         every = self.plan.options.saving.save_every_n_steps
-        if every and self.step % every == 0 and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_step(self.trained.tensors(), self.step, epoch)
+        if every and self.step % every == 0:
+            self.save(lambda files: files.save_step(self.trained.tensors(), self.step, epoch))
+        self.validate()
         self.sample()
         if every and self.step % every == 0 and self.plan.options.states.save_state:
             self.save_state(self.states.at_step(self.step))
@@ -385,21 +422,31 @@ class Trainer:
                 self.states.rotate_steps(self.step)
 
     def after_epoch(self, epoch: int) -> None:
+        self.validate(epoch)
         every = self.plan.options.saving.save_every_n_epochs
-        if every and epoch % every == 0 and epoch < self.plan.epochs and self.accelerator.is_main_process:
-            with self.averaged():
-                self.checkpoints.save_epoch(self.trained.tensors(), self.step, epoch)
+        if every and epoch % every == 0 and epoch < self.plan.epochs:
+            self.save(lambda files: files.save_epoch(self.trained.tensors(), self.step, epoch))
         if every and epoch % every == 0 and epoch < self.plan.epochs and self.plan.options.states.save_state:
             self.save_state(self.states.at_epoch(epoch))
             if self.accelerator.is_main_process:
                 self.states.rotate_epochs(epoch)
         self.sample(epoch)
 
+    def validate(self, epoch: int | None = None) -> None:
+        """Measure the validation loss if that is due; epoch: as for sample()."""
+        if self.validator and self.validator.due(self.step, epoch, self.step >= self.plan.total_steps):
+            with self.shown():
+                self.log(self.validator.measure(self.dit, self.module, self.step), self.step)
+
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         if self.sampler and self.sampler.due(self.step, epoch):
-            with self.averaged():
-                self.sampler.make(self.dit, self.module, self.step, epoch)
+            with self.shown():
+                self.sampler.attempt(self.dit, self.module, self.step, epoch)
+
+    def shown(self) -> contextlib.AbstractContextManager:
+        """Return what makes the weights those that samples and validation see while it is entered."""
+        return self.ema.shown() if self.ema and self.plan.options.ema.ema_for_samples else self.averaged()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from dataset.buckets import choose_bucket
 from dataset.config import load_config
 from dataset.media import at_16_fps, resize_to_bucket  # noqa: F401
 from dataset.media import frame_windows as windows_of
-from modules import flow_matching, generation, guidance, latent_caching, latent_encoding, prompts, solvers
+from modules import flow_matching, generation, guidance, latent_caching, latent_encoding, one_frame, prompts, solvers
 from modules.caching import CachingOptions
 from modules.generation_options import SamplingOptions
 from modules.text_caching import cache_texts
@@ -127,6 +127,39 @@ def sample(model, noise, cond, null, solver, steps, shift, guidance, slg_layers=
     return generation.denoise(model, noise, texts, condition, steps, shift, guidance, sampling)
 
 
+def conditioning(vae, task, pictures, args, text_dim):
+    """Without an end image flf2v is refused in a request, so that one is put together here."""
+    config, paths = TASKS[task], {name: Path(path) for name, path in pictures.items()}
+    height, width = args["video_size"]
+    one, controls = args.get("one_frame_inference"), [paths[name] for name in args.get("control_image_path") or ()]
+    request = prompts.Request(
+        prompt="",
+        negative_prompt="",
+        width=width,
+        height=height,
+        frames=args["video_length"],
+        steps=1,
+        flow_shift=1,
+        guidance_scale=1,
+        guidance_scale_high_noise=1,
+        seed=args["seed"],
+        image=paths.get(args.get("image_path")),
+        end_image=paths.get(args.get("end_image_path")),
+        control=paths.get(args.get("control_path")),
+        one_frame=one_frame.make_one_frame(one, controls, (), config) if one else None,
+    )
+    made = request.one_frame
+    size = generation.denoised_frames(request, config), *generation.output_size(request)
+    noise = generation.draw_noise(*size, request.seed, torch.device("cpu"), args.get("cpu_noise", False))
+    return {
+        "y": generation.encode_condition(request, vae, config),
+        "noise": noise,
+        "tokens": noise[0].numel() // 4,
+        "f_indices": [made.indices] if made else None,
+        "result_position": made.place if made else None,
+    }
+
+
 # -------------------------------------------------------------------------------------------------------- data
 def bucket_resolution(resolution, enable_bucket, no_upscale, image_size):
     return choose_bucket(resolution, enable_bucket, no_upscale, image_size)
@@ -169,6 +202,12 @@ def parse_training_prompt(line):
 
 def parse_inference_prompt(line):
     return prompts.parse_inference_prompt(line)
+
+
+def parse_one_frame(text):
+    target, controls = one_frame.parse_one_frame("" if text == "default" else text)
+    parsed = one_frame.OneFrame(target, tuple(one_frame.Control(index, None) for index in controls))
+    return target, controls, parsed.indices, parsed.place
 
 
 def timesteps_from_uniform(u, args, height, width):

@@ -76,6 +76,7 @@ def test_an_old_spelling_is_read_as_the_new_one_with_a_warning(tmp_path: Path, c
         ("resolution = [500, 500]", "Use [496, 496] or enable_bucket = true."),
         ("enable_bucket = 1", "line 4: enable_bucket = 1: must be true or false."),
         ("caption_extension = 5", "line 4: caption_extension = 5: must be a text in quotes."),
+        ("prior_weight = 0", "line 4: prior_weight = 0: must be a number greater than 0."),
         ("target_frames = [1]", "line 4: target_frames: belongs in video datasets."),
         ('caption_extension = "a/b"', 'line 4: caption_extension = "a/b": must be the end of a file name'),
         ('cache_directory = "~nobody-here/c"', "begins with ~, but there is no such user"),
@@ -174,6 +175,25 @@ def test_an_error_in_a_video_dataset_names_key_and_value(tmp_path: Path, line: s
 def test_a_file_that_makes_no_sense_as_a_whole_is_refused_in_a_line(tmp_path: Path, text: str, message: str):
     error = error_of(config_text(tmp_path, text))
     assert message in error and "\n" not in error
+
+
+def test_validation_datasets_take_the_same_keys_and_say_where_they_are_wrong(tmp_path: Path, caplog):
+    text = '[general]\nnum_repeats = 3\n[[datasets]]\nimage_directory = "i"\n[[ validation ]]\nvideo_directory = "v"\n'
+    trained, measured = load_config(config_text(tmp_path, text))
+    assert (trained.validation, trained.num_repeats, measured.validation, measured.num_repeats) == (False, 3, True, 1)
+    assert isinstance(measured, VideoConfig) and measured.where.endswith("data.toml: validation 1")
+    assert not caplog.messages
+    load_config(config_text(tmp_path, f"{text}num_repeats = 2\nprior_weight = 2\n"))
+    assert "line 7: num_repeats (each example is measured once); line 8: prior_weight" in caplog.text
+    error = error_of(config_text(tmp_path, f"{text}target_frame = [5]\n"))
+    assert "[[validation]] 1, line 7: target_frame: unknown key. Did you mean 'target_frames'?" in error
+    assert "is also that of" in error_of(config_text(tmp_path, text.replace('"v"', '"v"\ncache_directory = "i"')))
+    assert "must be [[validation]] tables" in error_of(config_text(tmp_path, "validation = 3\n" + text.split("[[ ")[0]))
+    as_json = tmp_path / "data.json"
+    as_json.write_text(
+        '{"datasets": [{"image_directory": "i"}],\n"validation": [\n{"image_directory": "j", "bach": 1}]}'
+    )
+    assert "[[validation]] 1, line 3: bach: unknown key" in error_of(as_json)
 
 
 def test_two_datasets_may_not_share_a_cache_folder_however_it_is_written(tmp_path: Path):

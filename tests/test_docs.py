@@ -47,6 +47,13 @@ KNOWN_COMMANDS = [
     --dit path/to/wan2.1_i2v_480p_14B_bf16_etc.safetensors --vae path/to/wan_2.1_vae.safetensors
     --t5 path/to/models_t5_umt5-xxl-enc-bf16.pth --clip path/to/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth
     --attn_mode torch --image_path path/to/image.jpg""",
+    """python wan_generate_video.py --output_type latent_images --image_path start_image.png
+    --control_image_path start_image.png --one_frame_inference control_index=0,target_index=1""",
+    """python wan_generate_video.py --output_type latent_images
+    --image_path start_image.png --end_image_path end_image.png
+    --control_image_path start_image.png end_image.png --one_frame_inference control_index=0;2,target_index=1""",
+    "python wan_cache_latents.py --dataset_config path/to/toml --vae path/to/vae --clip path/to/clip --one_frame",
+    "python wan_train_network.py --task flf2v-14B --one_frame",
     "python convert_lora.py --input lora.safetensors --output converted.safetensors --target other",
 ]
 
@@ -123,3 +130,8 @@ def test_every_script_has_a_command_in_the_docs():
 def test_every_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_rough_edge_of_musubi_tuner_has_a_row():
+    page = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    assert sorted(map(int, re.findall(r"^\| R(\d+) \| [^|]+ \| [^|]+ \|$", page, re.M))) == list(range(1, 71))

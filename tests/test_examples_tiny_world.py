@@ -11,8 +11,12 @@ import pytest
 from PIL import Image
 
 from dataset.config import load_config
+from dataset.items import find_sources
+from examples.tiny_world import moments
 from examples.tiny_world.contact_sheet import moving, sheet
 from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, draw, random_scene
+from wan.configs import TASKS
+from wan.dit_file import check_dit
 
 SCENE = Scene("red", "circle", "stays still", "black")
 
@@ -97,3 +101,18 @@ def test_a_contact_sheet_has_a_row_for_each_video_and_a_moving_one_shows_them_si
     last = np.asarray(frames[-1])
     assert len(frames) == 9 and last.shape == (86, 2 * 72, 3)
     assert (last[60, 40] == (255, 0, 0)).all() and (last[60, 110] == (0, 0, 255)).all()
+
+
+def test_moments_are_first_and_last_pictures_with_the_middle_between_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moments", "--folder", str(tmp_path), "--count", "3", "--test", "1", "--between"])
+    moments.main()
+    (config,) = load_config(tmp_path / "dataset.toml")
+    assert config.frame_indices == [0, 1, 2] and config.fp_1f_target_index == 1
+    sources = find_sources(config)
+    assert [len(source.controls) for source in sources] == [2, 2, 2]
+    trained = {source.caption.strip() for source in sources}
+    assert not trained & {path.read_text().strip() for path in (tmp_path / "test").glob("*.txt")}
+    picture, first, last = (np.array(Image.open(path)).astype(int) for path in (sources[0].path, *sources[0].controls))
+    assert np.abs(first - last).max() > 50 and np.abs(picture - first).max() > 50
+    shape = check_dit(tmp_path / "dit_flf2v.safetensors", TASKS["flf2v-14B"])
+    assert shape.image_tokens == 130 and shape.dim == 128

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 NETWORKS = ["dit", "vae", "t5", "clip", "lora", "lora_files", "lora_names", "fp8"]
-SAMPLING = ["samplers", "guidance", "sample", "timesteps"]
+SAMPLING = ["samplers", "guidance", "sample", "timesteps", "conditioning"]
 DATA = ["buckets", "resize", "frames", "tokenize", "cache", "parsing"]
 
 

@@ -1,6 +1,7 @@
 """Each kind of training as a user runs it: media, caches by the task's options, two steps by the task's name."""
 
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from dataset.config import load_config
 from dataset.items import find_sources
 from tests.media import drawing, write_pictures, write_toml, write_video
 from utils.errors import UserError
+from utils.safetensors_io import read_metadata
 
 GENERAL = {"resolution": [48, 32], "caption_extension": ".txt", "enable_bucket": True}
 VIDEOS = {"video_directory": "videos", "target_frames": [5]}
@@ -91,6 +93,37 @@ def test_a_kind_is_cached_by_its_options_and_trained_by_its_task(kind, media, mo
     run("wan_train_network", "--task", task, "--dit", models[dit], *TRAIN.split(), *folders(media))
     lora = load_file(media / "out" / "n.safetensors")
     assert all(up.isfinite().all() and up.any() for key, up in lora.items() if "cross_attn" in key and "up" in key)
+
+
+def test_one_frame_training_as_the_document_has_it_and_as_musubi_tuner_does_it(media, models, run):
+    """Whatever the dataset says, musubi-tuner counts frames from 0."""
+    for target in (1, 9):
+        data = data_file(media, EDITS | {"fp_1f_clean_indices": [0], "fp_1f_target_index": target})
+        data = data.rename(media / f"data{target}.toml")
+        data.write_text(data.read_text().replace("/cache", f"/cache{target}"))
+        options = ["--vae", models["vae"], "--one_frame", "--clip", models["clip"]]
+        run("wan_cache_latents", "--dataset_config", data, *options)
+        (config,) = load_config(data)
+        (source,) = find_sources(config)
+        write_text(config, source, torch.randn(7, 64, generator=torch.Generator().manual_seed(1)))
+    start = media / "controls" / "a_0.png"
+    line = f"the square --i {start} --ci {start} --of target_index=1,control_index=0 --d 1 --f 1 --s 2 --w 48 --h 32"
+    (media / "prompts.txt").write_text(line)
+    common = ["--task", "i2v-14B", "--dit", models["dit_i2v"], *TRAIN.split()]
+    sampling = ["--one_frame", "--sample_prompts", media / "prompts.txt", "--sample_every_n_steps", 2]
+    sampling += ["--t5", models["t5"], "--t5_tokenizer", models["tokenizer"], "--clip", models["clip"]]
+    sampling += ["--vae", models["vae"]]
+    ways = {"near": (1, []), "far": (9, sampling), "counted": (9, ["--compat_musubi"])}
+    for name, (target, more) in ways.items():
+        data = media / f"data{target}.toml"
+        run("wan_train_network", *common, "--dataset_config", data, "--output_dir", media / name, *more)
+    near, far, counted = (load_file(media / name / "n.safetensors") for name in ways)
+    up = next(key for key in near if "self_attn" in key and "lora_up" in key)
+    assert torch.equal(near[up], counted[up]) and not torch.equal(near[up], far[up])
+    said = json.loads(read_metadata(media / "counted" / "n.safetensors")["wan_tuner"])
+    assert said["one_frame"] and said["compat_musubi"] and said["task"] == "i2v-14B"
+    (sample,) = (media / "far" / "sample").iterdir()
+    assert Image.open(sample).size == (48, 32) and sample.name.endswith("_1_000.png")
 
 
 def folders(media: Path) -> list[object]:

@@ -61,7 +61,8 @@ def test_captions_of_a_list_are_compared_whether_its_media_are_there_or_not(tmp_
     lines = [{"video_path": f"gone/{name}", "caption": f"caption {name}"} for name in ("a.mp4", "b.v1", "c.x.mkv")]
     table = {"video_jsonl_file": write_jsonl(tmp_path / "v.jsonl", lines), "cache_directory": tmp_path / "cache"}
     (config,) = load_config(write_toml(tmp_path / "data.toml", {"resolution": 64}, table | {"target_frames": [1]}))
-    assert captions_now(config, []) == {"a": "caption a.mp4", "b.v1": "caption b.v1", "c.x": "caption c.x.mkv"}
+    now = {"a": ("caption a.mp4",), "b.v1": ("caption b.v1",), "c.x": ("caption c.x.mkv",)}
+    assert captions_now(config, []) == now
     config.jsonl_file.unlink()
     assert captions_now(config, []) == {}
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from modules.checkpoints import (
+    OWN_KEY,
     Checkpoints,
     MetadataOptions,
     SavingOptions,
@@ -64,7 +65,8 @@ def test_every_tensor_is_in_the_precision_asked_for(tmp_path, name, dtype):
 
 def test_without_metadata_a_file_still_says_how_to_load_it(tmp_path):
     options = SavingOptions(output_dir=tmp_path, output_name="n")
-    metadata = training_metadata({"seed": 1, "network_dim": 4, "base_model_version": "wan"}) | {"modelspec.title": "t"}
+    metadata = training_metadata({"seed": 1, "network_dim": 4, "base_model_version": "wan"})
+    metadata |= {"modelspec.title": "t", OWN_KEY: "{}"}
     path = Checkpoints(options, metadata, no_metadata=True).save_final(TENSORS, 1, 1)
     assert read_metadata(path).keys() == {
         "ss_network_dim",

@@ -102,6 +102,17 @@ def bytes_of_tensors(header: CacheHeader) -> int:
     return sum(math.prod(shape) * header.dtypes[key].itemsize for key, shape in header.shapes.items())
 
 
+def test_what_is_only_measured_is_told_apart(data: Path, report: Report):
+    head, last = data.read_text().rsplit("[[datasets]]", 1)
+    (data.parent / "validated.toml").write_text(f"{head}[[validation]]{last}")
+    told = examine(load_config(data.parent / "validated.toml"), T2V, torch.bfloat16, workers=2)
+    measured = len(report.datasets[-1].clips)
+    assert measured and f"validation: {measured} examples, not trained on" in told.totals()
+    batches = as_json(report)["totals"]["batches_per_epoch"] - report.datasets[-1].batches()
+    assert as_json(told)["totals"]["batches_per_epoch"] == batches
+    assert [each["validation"] for each in as_json(told)["datasets"]] == [False] * (len(told.datasets) - 1) + [True]
+
+
 def one(report: Report, dataset: int, name: str) -> FileReport:
     (found,) = [file for file in report.datasets[dataset].files if file.path.name == name]
     return found

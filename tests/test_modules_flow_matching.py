@@ -9,8 +9,6 @@ import torch
 from modules.flow_matching import (
     TimestepOptions,
     check_timesteps,
-    flow_loss,
-    loss_weights,
     noised,
     sample_timesteps,
 )
@@ -105,23 +103,6 @@ def test_noised_latents_run_from_the_video_to_noise_at_constant_velocity():
     torch.testing.assert_close(x[2], noise[2])
     torch.testing.assert_close(x[1] - 0.25 * velocity[1], video[1].float())
     torch.testing.assert_close(velocity, noise - video.float())
-
-
-def test_loss_weights_are_the_recorded_ones(golden):
-    recorded = _recorded(golden)["loss_weight"]
-    # The last timestep lies between two of musubi-tuner's table, which takes the nearest.
-    t = torch.tensor(recorded["timesteps"][:-1]) / 1000
-    for scheme in ("sigma_sqrt", "cosmap"):
-        torch.testing.assert_close(loss_weights(scheme, t), torch.tensor(recorded[scheme][:-1]), rtol=1e-5, atol=0)
-    assert loss_weights("none", t) is None and loss_weights("logit_normal", t) is None
-
-
-def test_the_loss_is_the_weighted_mean_of_squares():
-    prediction, velocity = torch.randn(2, 3, 1, 2, 2).bfloat16(), torch.randn(2, 3, 1, 2, 2)
-    squares = (prediction.float() - velocity) ** 2
-    torch.testing.assert_close(flow_loss(prediction, velocity), squares.mean())
-    weighted = (squares[0].mean() * 2 + squares[1].mean() * 5) / 2
-    torch.testing.assert_close(flow_loss(prediction, velocity, torch.tensor([2.0, 5.0])), weighted)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,20 @@ def test_files_hold_the_same_bits_when_blocks_are_swapped(trainer, four_blocks, 
         assert all(first[key] == second[key] for key in first if not key.endswith(own))
 
 
+@pytest.mark.parametrize("flags", ["", "--full_bf16 --fused_backward_pass --gradient_checkpointing"])
+def test_validation_changes_nothing_and_is_the_same_where_blocks_are_swapped(trainer, four_blocks, flags):
+    options = f"--learning_rate 1e-3 --max_train_steps 2 --validation_split 0.3 --validation_timesteps 2 {flags}"
+    files, measured = [], []
+    for more in ("--validate_every_n_epochs 9", "--validate_every_n_steps 1", "--blocks_to_swap 3"):
+        run = trainer(f"{options} {more}", dit=four_blocks)
+        values, log = [], run.log
+        run.log = lambda logged, step: log(logged, step) or values.append(logged.get("loss/validation"))  # noqa: B023
+        files.append(load_file(trained(run)))
+        measured.append([value for value in values if value is not None])
+    assert measured[0] == [measured[1][0], measured[1][-1]] == measured[2] and len(set(measured[1])) == 3
+    assert all(torch.equal(files[0][key], other[key]) for other in files[1:] for key in other)
+
+
 def test_the_norm_of_all_gradients_is_limited_wherever_they_are(trainer, four_blocks):
     options = "--optimizer_type SGD --learning_rate 1 --max_train_steps 1 --max_grad_norm 1e-3"
     run = trainer(f"{options} --blocks_to_swap 3", dit=four_blocks)

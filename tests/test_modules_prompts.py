@@ -190,7 +190,7 @@ def test_every_line_of_a_file_is_a_request_of_its_own(tmp_path, picture):
     [
         ("a\nb --w 100\n", "line 2: --video_size 256 100: 100 pixels wide is not a multiple of 16"),
         ("a --f x\n", "line 1: prompt 'a': --f x: not a whole number"),
-        ("a --of target_index=1\n", "line 1: --of: one-frame inference is not available"),
+        ("a --of target_index=1\n", "line 1: --one_frame_inference: t2v-14B is no model for it"),
         ("# nothing\n", "there is no prompt in it"),
         (" --w 64\n", "line 1: --prompt is missing"),
     ],

@@ -68,6 +68,20 @@ def test_the_velocity_is_that_of_the_official_code(golden, recipe, kind):
                 assert distance(velocity, case["outputs"][f"out_{i}"]) <= 5e-6, name
 
 
+@pytest.mark.parametrize("kind", ["dit_flf2v", "dit_i2v"])
+@torch.no_grad()
+def test_the_second_picture_can_be_seen_as_text_as_musubi_tuner_does(golden, recipe, kind):
+    """Its prediction of a model for two pictures is that; a model for one has none to see so."""
+    model = build_dit(recipe.state_dict(kind, golden), heads=3)
+    model.second_picture_as_text = True
+    case = recipe.cases(kind, golden)["one_musubi" if kind == "dit_flf2v" else "one"]
+    given = case["inputs"]
+    for reused in (False, True):  # with keys and values that are kept, as in generation
+        context = model.context(given["context"], given["clip_fea"], reused)
+        velocity = model(torch.stack(given["x"]), given["t"], context, y=torch.stack(given["y"]))
+        assert distance(velocity[0], case["outputs"]["out_0"]) <= 5e-6
+
+
 @torch.no_grad()
 def test_in_bfloat16_it_is_closer_to_float32_than_the_official_code(golden, recipe):
     model = build_dit(recipe.state_dict("dit_t2v", golden), heads=3, dtype=torch.bfloat16)

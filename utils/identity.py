@@ -60,6 +60,11 @@ def weights_identity(path: Path, option: str) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
+def seed_of(text: str) -> int:
+    """Return a seed of 63 bits that a text decides, the same everywhere and always; file names may hold any bytes."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "little") >> 1
+
+
 def _pieces(size: int) -> Iterator[tuple[int, int]]:
     """Yield (start, length) of what is read of a weight file: all of one that is little larger than the samples."""
     if size <= 2 * _ENDS + 2 * _SAMPLES * _SAMPLE:

@@ -28,17 +28,26 @@ def option(
     parse: Callable[[str], Any] | None = None,
     required: bool = False,
     remote: bool = False,
+    positional: bool = False,
 ) -> Any:
     """Return a dataclass field that is a command line option of the same name.
 
     The annotation gives the type: bool is a flag; int, float, str, Path and `X | None` take one value; `tuple[X, ...]`
     takes any number and `tuple[X, X]` exactly two. `parse` turns one word into the value and raises ValueError.
-    remote: a path that may be a file on the Hugging Face hub; it is the local one once options are parsed.
+    remote: a path that may be a file on the Hugging Face hub; it is the local one once options are parsed. positional:
+    given without its name.
     """
     details = {"help": help, "choices": tuple(choices) if choices is not None else None, "nargs": nargs}
     return dataclasses.field(
         default=default,
-        metadata={**details, "metavar": metavar, "parse": parse, "required": required, "remote": remote},
+        metadata={
+            **details,
+            "metavar": metavar,
+            "parse": parse,
+            "required": required,
+            "remote": remote,
+            "positional": positional,
+        },
     )
 
 
@@ -79,7 +88,9 @@ def parse_options(
         where, values = below(given)
         given = {**_checked_options(where, values, groups), **given}
     fields = {field.name: field for group in groups for field in dataclasses.fields(group)}
-    missing = [f"--{name}" for name, field in fields.items() if field.metadata["required"] and name not in given]
+    needed = {name: field for name, field in fields.items() if field.metadata["required"]}
+    needed = {name: field for name, field in needed.items() if given.get(name, ()) == ()}
+    missing = [name if field.metadata["positional"] else f"--{name}" for name, field in needed.items()]
     if missing:
         raise UserError(f"{', '.join(missing)}: required, but not given", fix="--help lists the options")
     for name, field in fields.items():
@@ -106,6 +117,9 @@ def make_parser(doc: str | None, *groups: type) -> argparse.ArgumentParser:
     for group in (*groups, ConfigFileOptions):
         heading = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
         for field in dataclasses.fields(group):
+            if field.metadata["positional"]:
+                heading.add_argument(field.name, **_argument(group, field))
+                continue
             # What is on by default has a name that turns it off.
             names = [f"--{field.name}", f"--no_{field.name}"][: 2 if field.default is True else 1]
             heading.add_argument(*names, **_argument(group, field))

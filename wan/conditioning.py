@@ -1,7 +1,7 @@
 """Pictures and control videos > what the DiT sees of them: masks and latents, laid out frame by frame."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -64,6 +64,27 @@ def first_and_end_condition(vae: VideoEncoder, image: Tensor, end: Tensor, frame
     latent = vae.encode(rearrange(end, "c h w -> 1 c 1 h w"))[0].float()
     mask = torch.ones_like(latent[:FRAMES_PER_LATENT])
     return torch.cat([first_frame_condition(vae, image, frames), torch.cat([mask, latent])], dim=1)
+
+
+def one_frame_condition(
+    controls: Sequence[Tensor], grey: Tensor, place: int, masks: Sequence[Tensor | None] | None = None
+) -> Tensor:
+    """Return the condition y [20 F h w] of one frame among F - 1 control pictures, all of them encoded alone.
+
+    controls: latents z [16 1 h w] in order of time; grey [16 1 h w]: those of a mid-grey picture, which stands in the
+    place of the frame that is to be made. masks: for each control m [h w] from 0 to 1, or None for 1 everywhere. What a
+    mask hides is as if it were not given: a control's channels are m, four times, and m z + (1 - m) grey.
+    """
+    columns = []
+    for z, m in zip(controls, masks or [None] * len(controls), strict=True):
+        if m is None:
+            columns.append(torch.cat([torch.ones_like(z[:FRAMES_PER_LATENT]), z]).float())
+            continue
+        m = m.to(z.device)
+        shown = (m * z.float()) + (1 - m) * grey.float()
+        columns.append(torch.cat([repeat(m, "h w -> four 1 h w", four=FRAMES_PER_LATENT), shown]))
+    columns.insert(place, torch.cat([torch.zeros_like(grey[:FRAMES_PER_LATENT]), grey]).float())
+    return torch.cat(columns, dim=1)
 
 
 def control_condition(control: Tensor, y: Tensor | None = None, shown: Iterable[int] = (0,)) -> Tensor:

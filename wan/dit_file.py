@@ -57,6 +57,10 @@ class DitOptions:
         "error of a bf16 DiT without it",
         choices=("float32", "bf16"),
     )
+    compat_musubi: bool = option(
+        False,
+        "do what LoRAs of musubi-tuner were trained with, where it differs from Wan: docs/differences.md lists it",
+    )
     disable_numpy_memmap: bool = option(
         False, "read the DiT with plain file reads, which are faster on some network drives, not mapped into memory"
     )

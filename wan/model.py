@@ -62,6 +62,7 @@ class WanModel(nn.Module):
         self.run_block: Callable[..., Tensor] = call  # wan/checkpointing.py has others, which train in less memory
         self.attn_mode = "torch"
         self.split_attn = False
+        self.second_picture_as_text = False  # musubi-tuner's way, for what was trained with it
         dim = shape.dim
         self.patch_embedding = nn.Conv3d(shape.in_channels, dim, shape.patch, stride=shape.patch)
         self.text_embedding = nn.Sequential(
@@ -151,8 +152,13 @@ class WanModel(nn.Module):
 
         reused: for several steps, without gradients; then the layers that look at it also keep their keys and values.
         """
+        tokens, bias = self.embed_text(text)
         images = self.embed_images(image_features, len(text))
-        return Context(*self.embed_text(text), images, {} if reused else None)
+        if self.second_picture_as_text and self.shape.image_tokens:
+            images, second = images.chunk(2, dim=1)
+            tokens = torch.cat([second, tokens], dim=1)
+            bias = None if bias is None else F.pad(bias, (second.shape[1], 0))
+        return Context(tokens, bias, images, {} if reused else None)
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Return tokens [B L D] in (frame, row, column) order, float32, and the numbers of frames, rows, columns.
