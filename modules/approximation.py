@@ -58,11 +58,11 @@ class Approximation:
             return {}
         return describe_step_cache(self.options, self.settings(request, check_dit(self.dit.dit, self.config)))
 
-    def denoise(self, request: Request, shape: WanShape, run: Callable[[Predict], Tensor]) -> Tensor:
+    def denoise(self, request: Request, run: Callable[[Predict], Tensor]) -> Tensor:
         """Return the latents that run() returns, which is given how the DiT is asked for its predictions."""
-        settings = self.settings(request, shape)
-        if settings is None:
+        if self.options.method == "none":
             return run(exact)
+        settings = self.settings(request, check_dit(self.dit.dit, self.config))
         cache = StepCache(settings, self.processes.first, self.processes.count)
         timed = Timed(cache, self.options.compare_exact)
         latent = timed.run(run)
@@ -105,7 +105,7 @@ class Approximation:
     def write_curve(self, requests: Sequence[Request], solver: str) -> None:
         """Write the file of --calibrate_magcache, if there is one."""
         path = self.options.calibrate_magcache
-        if not path or not self.processes.is_first:
+        if not (path and self.curves and self.processes.is_first):
             return
         if path.exists():
             logger.warning("%s exists and is replaced", path)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import toml
-import torch
 
 from modules.approximation import Approximation
+from modules.clips import read_clip
 from modules.generation import (
     decode_all,
     decoded_frame_count,
@@ -23,11 +23,13 @@ from modules.generation import (
     skipped_blocks,
 )
 from modules.generation_options import Models, SamplingOptions
+from modules.lora_files import LoraFile, check_loras
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import MAX_PIXELS, PATCH_PIXELS, Request
+from modules.resuming import stem_of, with_latents_kept
 from modules.solvers import sigma_schedule
 from modules.step_cache_options import check_step_cache
-from networks.formats import delta_shapes
+from modules.video_to_video import log_start
 from utils.errors import UserError
 from utils.identity import file_hash, weights_identity
 from utils.options import given_options
@@ -38,7 +40,8 @@ from wan.compiling import check_compile
 from wan.configs import WanConfig
 from wan.dit_file import check_dit, check_fp8
 from wan.fp8 import check_fp8_fast
-from wan.model import WanModel, WanShape
+from wan.model import WanShape
+from wan.pair import check_pair
 from wan.parallel import split_of
 from wan.quantize import check_quantize
 from wan.rope import THETA, riflex_frequency, temporal_pairs
@@ -65,7 +68,7 @@ def check_generation(
     """
     check_attention(models.run.attn_mode, f"--attn_mode {models.run.attn_mode}")
     check_compile(models.compiling, models.device)
-    _check_sampling(requests, sampling)
+    _check_sampling(sampling)
     shape = check_dit(models.dit.dit, models.config)
     run = models.run
     check_fp8(models.dit.dit, run.fp8 or run.fp8_scaled, run.fp8_scaled, run.fp8_fast, run.quantize)
@@ -84,16 +87,31 @@ def check_generation(
             f"--slg_layers {sampling.slg_layers}: there is no block {blocks[0]}",
             fix=f"this DiT's blocks are 0 to {shape.blocks - 1}",
         )
+    check_pair(
+        models.pair,
+        *(models.dit.dit, shape, models.config),
+        *(run.fp8 or run.fp8_scaled, run.fp8_scaled, run.fp8_fast, run.quantize),
+    )
     _check_loras(models, shape)
     _check_encoders(models, shape)
-    if needs_vae(models.config, outputs):
+    if needs_vae(models.config, outputs) or any(request.video for request in requests):
         # Whole, too: it may be needed only after the long denoising.
         check_vae(models.vae.vae)
     for request in requests:
-        _check_start_image(request)
-        if request.control is not None:
-            read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
-        _log_request(request, models.config)
+        check_request(request, models.config, sampling)
+
+
+def check_request(request: Request, config: WanConfig, sampling: SamplingOptions) -> None:
+    """Raise UserError for what of a single request would fail later; log what will be made."""
+    sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift, request.timesteps)
+    _check_zero_star(request, sampling)
+    _check_start_image(request)
+    if request.control is not None:
+        read_control(request.control, request.frames, PATCH_PIXELS, PATCH_PIXELS)
+    if request.video is not None:
+        read_clip(request.video, output_frames(request, config), *[PATCH_PIXELS] * 2, "--video_path")
+    _log_request(request, config)
+    log_start(request, sampling.sample_solver)
 
 
 def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
@@ -112,7 +130,7 @@ def _check_start_image(request: Request) -> None:
         )
 
 
-def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> None:
+def _check_sampling(sampling: SamplingOptions) -> None:
     ratio = sampling.cfg_apply_ratio
     if ratio is not None and not 0 <= ratio <= 1:
         raise UserError(f"--cfg_apply_ratio {ratio}: must be from 0 to 1", fix="0.5 leaves out every other step")
@@ -131,9 +149,9 @@ def _check_sampling(requests: Sequence[Request], sampling: SamplingOptions) -> N
             )
     if not math.isfinite(sampling.slg_scale):
         raise UserError(f"--slg_scale {sampling.slg_scale}: not a usable number", fix="the default is 3.0")
-    _check_zero_star(requests, sampling)
-    for request in requests:
-        sigma_schedule(sampling.sample_solver, request.steps, request.flow_shift, request.timesteps)
+    zero_steps = sampling.cfg_zero_init_steps
+    if not sampling.cfg_zero_star and zero_steps != SamplingOptions().cfg_zero_init_steps:
+        logger.warning("--cfg_zero_init_steps %d: ignored without --cfg_zero_star", zero_steps)
 
 
 def _check_riflex(requests: Sequence[Request], models: Models, shape: WanShape) -> None:
@@ -160,37 +178,32 @@ def _check_riflex(requests: Sequence[Request], models: Models, shape: WanShape) 
             )
 
 
-def _check_zero_star(requests: Sequence[Request], sampling: SamplingOptions) -> None:
-    zero_steps, fewest = sampling.cfg_zero_init_steps, min(request.steps for request in requests)
+def _check_zero_star(request: Request, sampling: SamplingOptions) -> None:
+    zero_steps = sampling.cfg_zero_init_steps
     if not sampling.cfg_zero_star:
-        if zero_steps != SamplingOptions().cfg_zero_init_steps:
-            logger.warning("--cfg_zero_init_steps %d: ignored without --cfg_zero_star", zero_steps)
-    elif not 0 <= zero_steps < fewest:
+        return
+    if not 0 <= zero_steps < request.steps:
         raise UserError(
-            f"--cfg_zero_init_steps {zero_steps}: must be from 0 to {fewest - 1}, fewer than the {fewest} steps",
-            fix="the default is 1" if fewest > 1 else "use 0, or more --infer_steps",
+            f"--cfg_zero_init_steps {zero_steps}: must be from 0 to {request.steps - 1}, fewer than the "
+            f"{request.steps} steps",
+            fix="the default is 1" if request.steps > 1 else "use 0, or more --infer_steps",
         )
-    elif all(request.guidance_scale == request.guidance_scale_high_noise == 1 for request in requests):
+    if request.guidance_scale == request.guidance_scale_high_noise == 1:
         logger.warning("--cfg_zero_star: with --guidance_scale 1 nothing is left of it but the first steps")
 
 
 def _check_loras(models: Models, shape: WanShape) -> None:
-    """Raise UserError for a LoRA that cannot be read, or that was made for another model."""
-    files = models.lora.files()
-    if not files:
-        return
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(shape).named_parameters()}
-    fix = f"use a LoRA that was trained for {models.config.name}"
-    for path, _ in files:
-        where, sizes = f"--lora_weight {path}", delta_shapes(path)
-        unknown = sorted(sizes.keys() - shapes.keys())
-        if unknown:
-            more = f"{len(unknown)} of its {len(sizes)} layers are not in the DiT"
-            raise UserError(f"{where}: {more}, e.g. {unknown[0]}", fix)
-        for name, size in sizes.items():
-            if size != shapes[name]:
-                raise UserError(f"{where}: made for a model of another size: {name} is {size}, not {shapes[name]}", fix)
+    """Raise UserError for LoRA files that do not go with the models they are for."""
+    low, high = models.lora.files(), models.lora.high_noise_files()
+    for files in (low, high):
+        check_loras(files, shape, models.config)
+    if high and models.pair.dit_high_noise is None:
+        raise UserError("--lora_weight_high_noise: is for --dit_high_noise", "use --lora_weight, or add that")
+    if models.pair.dit_high_noise is not None and bool(low) != bool(high):
+        lacking = "--lora_weight_high_noise" if low else "--lora_weight"
+        logger.warning("%s: not given, so one of the two models runs without a LoRA", lacking)
+    if models.lora.lycoris:
+        logger.info("--lycoris: files of LyCORIS are known by their keys")
 
 
 def _check_encoders(models: Models, shape: WanShape) -> None:
@@ -236,16 +249,26 @@ def _log_request(request: Request, config: WanConfig) -> None:
 
 # -------------------------------------------------------------------------------------------------------- results
 def plan_results(
-    requests: Sequence[Request], models: Models, sampling: SamplingOptions, outputs: OutputOptions
+    requests: Sequence[Request],
+    models: Models,
+    sampling: SamplingOptions,
+    outputs: OutputOptions,
+    lines: Path | None = None,
 ) -> list[Result]:
-    """Return where each request's latent goes, with the metadata that say how it was made."""
+    """Return where each request's latent goes, with the metadata that say how it was made.
+
+    lines: the file that they are lines of, after which and what is in them their files are to be named.
+    """
     kept = [max(output_frames(request, models.config) - outputs.trim_tail_frames, 1) for request in requests]
-    files = plan_files(outputs, list(zip([request.seed for request in requests], kept, strict=True)))
-    run = {} if outputs.no_metadata else describe_run(models, sampling)
-    return [
-        Result(places, frames, None if outputs.no_metadata else {**describe_request(request, models, sampling), **run})
-        for request, places, frames in zip(requests, files, kept, strict=True)
+    run = {} if outputs.no_metadata and lines is None else describe_run(models, sampling)
+    described = [{**describe_request(request, models, sampling), **run} for request in requests]
+    stems = [] if lines is None else [stem_of(lines, each) for each in described]
+    files = plan_files(outputs, list(zip([request.seed for request in requests], kept, strict=True)), stems=stems)
+    results = [
+        Result(places, frames, None if outputs.no_metadata else metadata)
+        for metadata, places, frames in zip(described, files, kept, strict=True)
     ]
+    return results if lines is None else with_latents_kept(results)
 
 
 def describe_request(request: Request, models: Models, sampling: SamplingOptions) -> dict[str, Any]:
@@ -266,6 +289,8 @@ def describe_request(request: Request, models: Models, sampling: SamplingOptions
     if request.timesteps:
         described["timesteps"] = "".join(f"{timestep:.10g}," for timestep in request.timesteps)
     pictures = {"image_path": request.image, "end_image_path": request.end_image, "control_path": request.control}
+    if request.video is not None:
+        pictures["video_path"], described["strength"] = request.video, request.strength
     described.update({name: str(path.absolute()) for name, path in pictures.items() if path is not None})
     if request.one_frame:
         controls = request.one_frame.controls
@@ -293,11 +318,9 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         "fp8_fast": models.run.fp8_fast or None,
         "quantize": models.run.quantize,
         "riflex_freq_index": models.run.riflex_freq_index,
-        "lora": [
-            {"file": path.name, "sha256": file_hash(path), "multiplier": multiplier}
-            for path, multiplier in models.lora.files()
-        ],
-        "software": f"wan-tuner {project_version()}",
+        "lora": describe_loras(models.lora.files()),
+        **describe_pair(models),
+        "software": software(),
         # By which --from_metadata makes it again, and knows whether the weights are the same.
         "options": {
             name: value for group in (sampling, *models.groups()) for name, value in given_options(group).items()
@@ -307,6 +330,36 @@ def describe_run(models: Models, sampling: SamplingOptions) -> dict[str, Any]:
         },
     }
     return {name: value for name, value in described.items() if value not in (None, [])}
+
+
+def describe_pair(models: Models) -> dict[str, Any]:
+    """Return what is to be said of the second model of Wan2.2, where there is one."""
+    if models.pair.dit_high_noise is None:
+        return {}
+    return {
+        "dit_high_noise": models.pair.dit_high_noise.name,
+        "timestep_boundary": models.config.boundary,
+        "lora_high_noise": describe_loras(models.lora.high_noise_files()),
+    }
+
+
+def describe_loras(files: Sequence[LoraFile]) -> list[dict[str, Any]]:
+    """Return LoRA files by name and hash, with what of them counts."""
+    return [
+        {
+            "file": file.path.name,
+            "sha256": file_hash(file.path),
+            "multiplier": file.multiplier,
+            **({"include": file.include.pattern} if file.include else {}),
+            **({"exclude": file.exclude.pattern} if file.exclude else {}),
+        }
+        for file in files
+    ]
+
+
+def software() -> str:
+    """Return what a file says of the program that made it."""
+    return f"wan-tuner {project_version()}"
 
 
 def project_version() -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,9 +12,9 @@ from dataset.loader import CachedDataset, CachedItem
 from modules.cache_checks import check_fresh, check_one_frame
 from modules.checkpoints import check_saving
 from modules.ema import check_ema
-from modules.flow_matching import check_timesteps
+from modules.flow_matching import check_sides, check_timesteps
 from modules.generation import step_of
-from modules.generation_options import RunOptions, SamplingOptions
+from modules.generation_options import GenerationPairOptions, RunOptions, SamplingOptions
 from modules.losses import check_loss
 from modules.optimizers import check_optimizer
 from modules.samples import SamplePlan, plan_samples
@@ -26,10 +26,11 @@ from utils.errors import UserError
 from wan.attention import check_attention
 from wan.block_swap import check_swap
 from wan.compiling import CompileOptions, check_compile
-from wan.configs import TASKS, WanConfig
+from wan.configs import WanConfig
 from wan.dit_file import check_dit, dit_dtype
 from wan.memory import Step
 from wan.model import WanShape
+from wan.pair import check_pair, task_config
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Plan:
 
 def check(options: TrainOptions, trained: Trained, seed: int, device: torch.device, processes: int = 1) -> Plan:
     """Return the plan of a run on this device by so many processes, or raise UserError for what would fail later."""
-    config = TASKS[options.dit.task]
+    config = task_config(options.dit.task, options.pair)
     _refuse_later(options)
     _check_numbers(options.training)
     _warn_of_unused(options.precision)
@@ -83,6 +84,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     check_compile(compiling, device)
     datasets = load_config(options.data.dataset_config)
     shape = check_dit(options.dit.dit, config)
+    check_paired(options, trained, shape, config)
     check_states(options.states)
     state = find_state(options.states.resume, options.saving.output_dir, options.saving.output_name)
     if state and state.progress.seed not in (None, seed):
@@ -123,6 +125,10 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         device,
         (options.saving.output_dir, options.saving.output_name),
     )
+    if samples:
+        samples = replace(
+            samples, models=replace(samples.models, config=config, pair=GenerationPairOptions(**vars(options.pair)))
+        )
     return Plan(
         options=options,
         trained=trained,
@@ -140,6 +146,24 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         state=state,
         begun=begun,
     )
+
+
+def check_paired(options: TrainOptions, trained: Trained, shape: WanShape, config: WanConfig) -> None:
+    """Raise UserError where what is trained, on which timesteps, does not go with the two models of Wan2.2."""
+    if not trained.beside and options.pair.dit_high_noise is not None:
+        raise UserError("--dit_high_noise: fine-tuning trains one model at a time", "give it as --dit in another run")
+    if not trained.beside and options.swap.block_swap_h2d_only:
+        raise UserError("--block_swap_h2d_only: blocks in training have to come back", "leave it out")
+    if options.pair.dit_high_noise is None:
+        return
+    precision = options.precision
+    check_pair(
+        options.pair,
+        *(options.dit.dit, shape, config),
+        *(precision.fp8_base, precision.fp8_scaled),
+        quantize=precision.quantize,
+    )
+    check_sides(options.timesteps, config.boundary)
 
 
 def _cached(

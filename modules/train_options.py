@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate.utils import DynamoBackend
 
@@ -20,6 +19,7 @@ from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.compiling import MODES, CompileOptions
 from wan.dit_file import DitOptions
+from wan.pair import PairOptions
 from wan.quantize import FORMATS
 from wan.t5 import T5Options
 from wan.vae import VaeOptions
@@ -120,7 +120,6 @@ class TrainingCompileOptions(CompileOptions):
 class LaterOptions:
     """not available yet"""
 
-    dit_high_noise: Path | None = option(None, "train on both models of Wan2.2")
     huggingface_repo_id: str | None = option(None, "upload files to Hugging Face")
 
 
@@ -129,6 +128,7 @@ class TrainOptions:
     """The options of a training run, but for what is trained."""
 
     dit: DitOptions
+    pair: PairOptions
     data: DatasetOptions
     training: TrainingOptions
     precision: PrecisionOptions

@@ -26,6 +26,7 @@ from modules.generation import (
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import decode_files
 from modules.latent_encoding import load_latent_encoders
+from modules.lora_files import LoraFile
 from modules.outputs import Files, OutputOptions, Result, load_latent, save_latent
 from modules.prompts import Request
 from modules.solvers import Step
@@ -184,7 +185,7 @@ def test_numbers_of_layers_are_read_from_a_list():
 
 def test_a_missing_multiplier_is_1_and_one_too_many_an_error():
     a, b = Path("a"), Path("b")
-    assert LoraOptions((a, b), (0.5,)).files() == [(a, 0.5), (b, 1.0)]
+    assert LoraOptions((a, b), (0.5,)).files() == [LoraFile(a, 0.5), LoraFile(b, 1.0)]
     with pytest.raises(UserError, match="--lora_multiplier: 3 numbers for 2 LoRA files"):
         LoraOptions((a, b), (1.0, 1.0, 1.0)).files()
     with pytest.raises(UserError, match="--lora_multiplier nan: not a usable number"):

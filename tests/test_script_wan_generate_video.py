@@ -453,7 +453,7 @@ def test_zero_star_leaves_the_first_noise_as_it_is_and_changes_the_rest(generate
             "the latent is there already. Use video or images.",
         ),
         ({"sample_solver": "euler"}, "invalid choice: 'euler'"),
-        ({"strength": 0.5}, "--strength: unknown option"),
+        ({"strength": 0.5}, "--strength 0.5: is for --video_path"),
     ],
 )
 def test_bad_input_is_named_before_any_model_loads(generate, models, monkeypatch, tmp_path, options, line):
