@@ -168,6 +168,6 @@ def test_each_model_has_a_step_cache_of_its_own(generate, caplog):
     exact = generate("exact", **given)
     assert torch.equal(generate("none", step_cache="easycache", step_cache_threshold=0, **given), exact)
     caplog.set_level("INFO")
-    close = generate("close", step_cache="easycache", step_cache_threshold=0.2, **given)
-    assert any("of 12 steps computed" in record.message for record in caplog.records)
-    assert not torch.equal(close, exact) and float((close - exact).norm() / exact.norm()) < 0.5
+    few = generate("few", step_cache="easycache", step_cache_threshold=50, **given)
+    (computed,) = [record.args[1] for record in caplog.records if "steps computed" in record.message]
+    assert 4 <= computed < 12 and not torch.equal(few, exact) and torch.isfinite(few).all()
