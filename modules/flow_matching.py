@@ -103,6 +103,45 @@ def sample_timesteps(
     return t
 
 
+def sample_one_sided(
+    options: TimestepOptions,
+    boundary: float,
+    count: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    uniforms: Sequence[float] | None = None,
+) -> Tensor:
+    """Return t [count] as sample_timesteps() does, all on the side of a boundary, 0 to 1, that the first one is on.
+
+    The others are drawn again until they are: each t of many batches is distributed as if there was no boundary.
+    """
+    t = sample_timesteps(options, count, height, width, generator, uniforms)
+    for _ in range(_MAX_REDRAWS):
+        high = 1000 * t >= 1000 * boundary  # as the DiT is told, which may be rounded otherwise
+        astray = high != high[0]
+        if not astray.any():
+            return t
+        t[astray] = sample_timesteps(options, int(astray.sum()), height, width, generator)
+    # The first one shows what can be drawn there, however seldom.
+    return torch.where(astray, t[0], t)
+
+
+def check_sides(options: TimestepOptions, boundary: float) -> None:
+    """Raise UserError where the bounds leave nothing to train on one side of a boundary."""
+    low, high = bounds(options)
+    if low >= boundary:
+        raise UserError(
+            f"--min_timestep {low * 1000:g}: nothing is left for the low-noise model, below {boundary * 1000:g}",
+            "train the other one alone, as --dit, or lower it",
+        )
+    if high < boundary:
+        raise UserError(
+            f"--max_timestep {high * 1000:g}: nothing is left for the high-noise model, from {boundary * 1000:g} on",
+            "leave --dit_high_noise out, or raise it",
+        )
+
+
 def noised(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the point x_t = (1 - t) x_0 + t e of the straight path and its velocity e - x_0, in float32.
 

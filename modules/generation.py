@@ -1,7 +1,6 @@
 """Requests > embeddings > latents > pixels > files: the only path, with one model on the device at a time."""
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import numpy as np
 import torch
@@ -17,17 +15,21 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.decoding import MediaError, decoded_frames, load_image
-from dataset.media import resize_to_bucket
+from dataset.decoding import load_image
+from modules.approximation import Approximation
+from modules.clips import read_clip
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
 from modules.latent_encoding import as_pixels
 from modules.one_frame import encode_controls
 from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent
 from modules.prompts import Request
+from modules.resuming import Failures, left_to_make
 from modules.solvers import Step, Velocity, sample
+from modules.step_caching import Predict, exact
 from modules.text_caching import load_text_encoder
 from modules.video_files import MP4, VideoFormat
+from modules.video_to_video import encode_video, first_step, start
 from modules.watching import PartialKeeper, Previewer, Watcher, latent_colours
 from utils.devices import compute_dtype, release_memory
 from utils.errors import UserError
@@ -44,6 +46,7 @@ from wan.conditioning import (
 from wan.configs import WanConfig
 from wan.memory import Step as MemoryStep
 from wan.model import WanModel
+from wan.pair import DitPair, prepare, twin
 from wan.parallel import share_out
 from wan.vae import WanVAE
 
@@ -67,6 +70,7 @@ class Condition:
     y: Tensor | None = None  # [C f h w]: mask, image, control
     image_features: Tensor | None = None  # [1 257 1280], or [2 257 1280] for a first and a last picture
     frame_indices: Sequence[int] | None = None  # where in time the f latent frames are, if not at 0 to f-1
+    video: Tensor | None = None  # [16 f h w]: the latents to start from
 
 
 # ------------------------------------------------------------------------------------------------------ denoising
@@ -111,8 +115,9 @@ def draw_noise(frames: int, width: int, height: int, seed: int, device: torch.de
 def pattern_of(steps: int, sampling: SamplingOptions) -> str:
     """Return which predictions each step asks for; without --slg_layers no layer is skipped."""
     mode = sampling.slg_mode if skipped_blocks(sampling) else None
+    zero_steps = sampling.cfg_zero_init_steps if sampling.cfg_zero_star else 0
     return guidance_pattern(
-        steps, sampling.cfg_skip_mode, sampling.cfg_apply_ratio, mode, sampling.slg_start, sampling.slg_end
+        steps, sampling.cfg_skip_mode, sampling.cfg_apply_ratio, mode, sampling.slg_start, sampling.slg_end, zero_steps
     )
 
 
@@ -127,7 +132,7 @@ def guidance_of(request: Request, config: WanConfig) -> Scale:
 
 def needs_negative(pattern: str, scale: Scale) -> bool:
     """Return whether some step computes a prediction from the negative prompt."""
-    return "S" in pattern or (scale != 1 and pattern.strip("C") != "")
+    return "S" in pattern or (scale != 1 and pattern.strip("CZ") != "")
 
 
 def is_guided(request: Request, config: WanConfig, sampling: SamplingOptions) -> bool:
@@ -155,7 +160,7 @@ def skipped_blocks(sampling: SamplingOptions) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def denoise(
-    dit: WanModel,
+    dit: WanModel | DitPair,
     noise: Tensor,
     texts: Texts,
     condition: Condition,
@@ -164,15 +169,22 @@ def denoise(
     scale: Scale,
     sampling: SamplingOptions,
     on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
+    predict: Predict = exact,
+    first: int = 0,
+    timesteps: Sequence[float] = (),
 ) -> Tensor:
-    """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes; on_step: see sample()."""
+    """Return the clean latents [16 f h w], float32, that the noise [16 f h w] becomes; on_step: see sample().
+
+    first: number of the step to begin with, where what is called noise here has as much of it as belongs there.
+    """
 
     def predicting(name: str) -> Velocity:
         def velocity(x: Tensor, step: Step) -> Tensor:
             if name == "conditional":  # which every step asks for first: the time to compute all that it will ask for
-                timestep = torch.tensor([step.timestep], device=x.device)
                 names = predictions(pattern[step.index], scale_at(scale, step))
-                velocities = dit.velocities(x, timestep, [passes[name] for name in names])
+                asked = {name: passes[name] for name in names}
+                model, asked = dit.chosen(step.timestep, asked) if isinstance(dit, DitPair) else (dit, asked)
+                velocities = predict(model, x, step, asked)
                 computed.update(zip(names, velocities, strict=True))
             return computed.pop(name)
 
@@ -189,7 +201,7 @@ def denoise(
     passes = {
         "conditional": {"text": prompt, **seen},
         "unconditional": {"text": negative, **seen},
-        "skipped": {"text": negative, **seen, "skip_blocks": skipped_blocks(sampling)},
+        "skipped": {"text": negative and twin(negative), **seen, "skip_blocks": skipped_blocks(sampling)},
     }
     computed: dict[str, Tensor] = {}
     pattern = pattern_of(steps, sampling)
@@ -200,8 +212,9 @@ def denoise(
         skipped=predicting("skipped"),
         scale=scale,
         slg_scale=sampling.slg_scale,
+        zero_star=sampling.cfg_zero_star,
     )
-    return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step)[0]
+    return sample(sampling.sample_solver, velocity, noise[None], steps, shift, on_step, first, timesteps)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- stages
@@ -225,7 +238,7 @@ def generate(
     features = processes.first(lambda: encode_pictures(requests, models))
     release_memory(models.device)
     conditions, vae = [Condition()] * len(requests), None
-    if models.config.images or models.config.control:
+    if models.config.images or models.config.control or any(request.video for request in requests):
         vae = models.load_vae() if processes.is_first else None
         conditions = processes.first(lambda: encode_conditions(requests, features, vae, models.config))
         if vae:
@@ -240,13 +253,22 @@ def generate(
             release_memory(models.device)
         if outputs.save_partial:
             watchers.append(PartialKeeper())
+    failures = Failures(len(requests)) if processes.count == 1 else None
+    approximation = Approximation(models.step_cache, models.config, models.dit, processes)
     with auto_recommended(models.swap):
-        latents = denoise_all(requests, texts, conditions, models, sampling, results, processes, watchers)
+        found = denoise_all(
+            requests, texts, conditions, models, sampling, results, processes, watchers, failures, approximation
+        )
+    made = [kept for kept in zip(found, results, requests, strict=True) if kept[0] is not None]
     release_memory(models.device)
     processes.leave()
-    if processes.is_first and any(result.files.video or result.files.images for result in results):
+    if processes.is_first and any(result.files.video or result.files.images for _, result, _ in made):
         vae = vae.to(models.device) if vae else models.load_vae()
-        decode_all(latents, results, vae, outputs.fps, outputs.encoding())
+        latents, kept, asked = zip(*made, strict=True)
+        decode_all(latents, kept, vae, outputs.fps, outputs.encoding())
+        approximation.compare_frames(asked, latents, vae)
+    if failures:
+        failures.end()
 
 
 def encode_prompts(requests: Sequence[Request], models: Models, sampling: SamplingOptions) -> list[Texts]:
@@ -256,7 +278,7 @@ def encode_prompts(requests: Sequence[Request], models: Models, sampling: Sampli
         negative = is_guided(request, models.config, sampling)
         wanted.append((request.prompt, request.negative_prompt if negative else None))
     different = dict.fromkeys(text for pair in wanted for text in pair if text is not None)
-    t5 = load_text_encoder(models.t5, models.device)
+    t5 = models.kept("t5", lambda: load_text_encoder(models.t5, models.device))
     encoded = {text: t5.encode([text])[0] for text in tqdm(different, desc="encoding prompts", unit="text")}
     return [Texts(encoded[prompt], encoded.get(negative)) for prompt, negative in wanted]
 
@@ -271,7 +293,8 @@ def encode_pictures(requests: Sequence[Request], models: Models) -> list[Tensor 
         return [None] * len(requests)
     pictures = [[request.image, request.end_image][: len(config.images)] for request in requests]
     different = dict.fromkeys(path for paths in pictures for path in paths)
-    clip = load_clip(models.clip.clip, compute_dtype(torch.float16, models.device), models.device)
+    dtype = compute_dtype(torch.float16, models.device)
+    clip = models.kept("clip", lambda: load_clip(models.clip.clip, dtype, models.device))
     encoded = {
         path: clip.encode(as_pixels(load_image(path))[None])[0]
         for path in tqdm(different, desc="encoding pictures", unit="picture")
@@ -282,21 +305,22 @@ def encode_pictures(requests: Sequence[Request], models: Models) -> list[Tensor 
 def encode_conditions(
     requests: Sequence[Request], features: Sequence[Tensor | None], vae: WanVAE, config: WanConfig
 ) -> list[Condition]:
-    """Return what the DiT sees of each request's pictures and control video."""
+    """Return what the DiT sees of each request's pictures and control video, and the video that it starts from."""
     progress = tqdm(requests, desc="encoding conditions", unit="video")
     return [
         Condition(
             encode_condition(request, vae, config),
             image_features,
             request.one_frame.indices if request.one_frame else None,
+            encode_video(request, vae, output_frames(request, config), *output_size(request)),
         )
         for request, image_features in zip(progress, features, strict=True)
     ]
 
 
 @torch.inference_mode()
-def encode_condition(request: Request, vae: WanVAE, config: WanConfig) -> Tensor:
-    """Return the channels [C f h w] that the DiT sees beside the noise: of the pictures, of the control video."""
+def encode_condition(request: Request, vae: WanVAE, config: WanConfig) -> Tensor | None:
+    """Return the channels [C f h w] that the DiT sees beside the noise: of pictures, of a control video, if any."""
     width, height = output_size(request)
     if request.one_frame:
         return encode_controls(request.one_frame, vae, width, height)
@@ -324,16 +348,7 @@ def picture_pixels(path: Path, width: int, height: int) -> Tensor:
 
 def read_control(path: Path, frames: int, width: int, height: int) -> np.ndarray:
     """Return the first frames of a control video or folder of pictures, scaled and cropped: uint8 [F H W 3]."""
-    try:
-        read = list(itertools.islice(decoded_frames(path), frames))
-    except (MediaError, av.error.FFmpegError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--control_path {path}: cannot be read ({error})", fix="use an mp4 file") from None
-    if len(read) < frames:
-        raise UserError(
-            f"--control_path {path}: {len(read)} frames, the video is to have {frames}",
-            fix="use a longer one or a smaller --video_length",
-        )
-    return np.stack([resize_to_bucket(frame, (width, height)) for frame in read])
+    return read_clip(path, frames, width, height, "--control_path")
 
 
 def denoise_all(
@@ -345,25 +360,32 @@ def denoise_all(
     results: Sequence[Result],
     processes: Processes | None = None,
     watchers: Sequence[Watcher] = (),
-) -> list[Tensor]:
-    """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once."""
+    failures: Failures | None = None,
+    approximation: Approximation | None = None,
+) -> list[Tensor | None]:
+    """Return the latents [16 f h w] of the requests, on the CPU; those that are wanted as files are written at once.
+
+    failures: notes what keeps one from being made, which then is None; else it ends all.
+    """
 
     def on_step(request: Request, step: Step, x: Tensor, clean: Tensor) -> None:
         for watcher in watchers:
             watcher.step(step, wanted_frames(request, clean[0]))
         progress.update()
 
-    dit = models.load_dit([step_of(request, models.config, sampling) for request in requests])
     processes = processes or Processes()
+    approximation = approximation or Approximation(models.step_cache, models.config, models.dit, processes)
+    dit = models.load_dit([approximation.step(step_of(request, models.config, sampling)) for request in requests])
     if processes.count > 1:
         guided = any(is_guided(request, models.config, sampling) for request in requests)
-        share_out(dit, processes.rank, processes.count, guided, models.compiling.compile)
-        if auto := getattr(dit, "auto_swap", None):
-            auto.alone = False
-    latents: list[Tensor] = []
-    steps, silent = sum(request.steps for request in requests), not processes.is_first
+        prepare(dit, partial(share_work, processes=processes, guided=guided, compiled=models.compiling.compile))
+    latents: list[Tensor | None] = []
+    steps = approximation.runs * sum(
+        request.steps - first_step(request, sampling.sample_solver) for request in requests
+    )
+    silent = not processes.is_first
     with (
-        tqdm(total=steps, desc="denoising", unit="step", disable=silent) as progress,
+        tqdm(total=approximation.runs * steps, desc="denoising", unit="step", disable=silent) as progress,
         contextlib.nullcontext() if silent else kept_on_failure(latents, results),
         contextlib.ExitStack() as watching,
     ):
@@ -372,35 +394,56 @@ def denoise_all(
         for request, text, condition, result in zip(requests, texts, conditions, results, strict=True):
             for watcher in watchers:
                 watcher.begin(result)
-            width, height = output_size(request)
-            frames = denoised_frames(request, models.config)
-            drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
-            latent = denoise(
-                dit,
-                processes.first(drawn).to(models.device),
-                text,
-                condition,
-                request.steps,
-                request.flow_shift,
-                guidance_of(request, models.config),
-                sampling,
-                partial(on_step, request),
-            ).cpu()
-            latent = wanted_frames(request, latent)
-            if not bool(torch.isfinite(latent).all()):
-                raise UserError(
-                    f"--seed {request.seed}: the latents are not finite",
-                    fix="use --dit weights in bf16, no --fp8, or a lower --guidance_scale",
+            latent = None
+            with failures.attempt(request) if failures else contextlib.nullcontext():
+                width, height = output_size(request)
+                frames = denoised_frames(request, models.config)
+                drawn = partial(draw_noise, frames, width, height, request.seed, models.device, sampling.cpu_noise)
+                noise = processes.first(drawn).to(models.device)
+                x, first = start(request, sampling.sample_solver, noise, condition.video)
+                run = partial(
+                    denoise,
+                    dit,
+                    x,
+                    text,
+                    condition,
+                    request.steps,
+                    request.flow_shift,
+                    guidance_of(request, models.config),
+                    sampling,
+                    first=first,
+                    timesteps=request.timesteps,
                 )
-            if result.files.latent and not silent:
-                save_latent(result.files.latent, latent, result.metadata)
+                made = approximation.denoise(request, partial(run, partial(on_step, request))).cpu()
+                made = wanted_frames(request, made)
+                if not bool(torch.isfinite(made).all()):
+                    raise UserError(
+                        f"--seed {request.seed}: the latents are not finite",
+                        fix="use --dit weights in bf16, no --fp8, or a lower --guidance_scale",
+                    )
+                unwatched = partial(run, lambda step, x, clean: progress.update())
+                approximation.compare(request, made, unwatched, partial(wanted_frames, request))
+                latent = made
+            if latent is not None and not silent:
+                for path in filter(None, (result.files.latent, result.waiting)):
+                    save_latent(path, latent, result.metadata)
             latents.append(latent)
+            unwatched = partial(run, lambda step, x, clean: progress.update())
+            approximation.compare(request, latent, unwatched, partial(wanted_frames, request))
+    approximation.write_curve(requests, sampling.sample_solver)
     return latents
+
+
+def share_work(dit: WanModel, processes: Processes, guided: bool, compiled: bool) -> None:
+    """Make a model's predictions the common work of all processes."""
+    share_out(dit, processes.rank, processes.count, guided, compiled)
+    if auto := getattr(dit, "auto_swap", None):
+        auto.alone = False
 
 
 @contextlib.contextmanager
 def kept_on_failure(
-    latents: Sequence[Tensor], results: Sequence[Result], decoded: Sequence[Result] = ()
+    latents: Sequence[Tensor | None], results: Sequence[Result], decoded: Sequence[Result] = ()
 ) -> Iterator[None]:
     """Write the latents of results that are not decoded if the body fails: each took minutes, and is small.
 
@@ -412,7 +455,7 @@ def kept_on_failure(
         with contextlib.suppress(OSError):  # a full disk is what has failed already
             for latent, result in list(zip(latents, results, strict=False))[len(decoded) :]:
                 named = result.files.video or result.files.images
-                if named and not result.files.latent:
+                if latent is not None and named and not (result.files.latent or result.waiting):
                     path = named.with_name(f"{named.stem}_latent.safetensors")
                     save_latent(path, latent, result.metadata)
                     logger.warning("not decoded, but kept: continue with --latent_path %s", path)
@@ -440,6 +483,8 @@ def decode_all(
                         write(frame)
                         progress.update()
             decoded.append(result)
+            if result.waiting:
+                result.waiting.unlink(missing_ok=True)
 
 
 def as_frames(pixels: Tensor, bits: int = 8) -> np.ndarray:
@@ -451,3 +496,13 @@ def as_frames(pixels: Tensor, bits: int = 8) -> np.ndarray:
 def decoded_frame_count(latent: Tensor) -> int:
     """Return how many frames a latent [16 f h w] decodes to."""
     return VAE_FRAMES * (latent.shape[1] - 1) + 1
+
+
+def go_on(
+    requests: Sequence[Request], results: Sequence[Result], models: Models, outputs: OutputOptions
+) -> tuple[list[Request], list[Result]]:
+    """Return the requests that no earlier run has made, with their results; decode what only waits for that."""
+    requests, results, waiting = left_to_make(requests, results)
+    if waiting:
+        decode_all(*zip(*waiting, strict=True), models.load_vae(), outputs.fps, outputs.encoding())
+    return requests, results

@@ -1,16 +1,18 @@
 """How to generate and with which models: the options of generation, and what loads its models by them."""
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from modules.guidance import CFG_SKIP_MODES, SLG_MODES
+from modules.lora_files import LoraOptions, lora_deltas
 from modules.solvers import SOLVERS
-from networks.formats import weight_deltas
+from modules.step_cache_options import StepCacheOptions
 from utils.devices import compute_dtype, parse_dtype
 from utils.errors import UserError
 from utils.options import option, suggest
@@ -23,11 +25,13 @@ from wan.dit_file import DitOptions, dit_dtype
 from wan.loading import load_dit
 from wan.memory import Step as MemoryStep
 from wan.model import WanModel
+from wan.pair import HIGH, DitPair, PairOptions, load_pair, task_config
 from wan.quantize import FORMATS
 from wan.t5 import T5Options
 from wan.vae import VaeOptions, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class SamplingOptions:
         "none", "which steps do without the negative prompt, in half the time", choices=CFG_SKIP_MODES
     )
     cfg_apply_ratio: float | None = option(None, "share of the steps that keep it, 0 to 1; for --cfg_skip_mode")
+    cfg_zero_star: bool = option(
+        False,
+        "CFG-Zero*: scale the prediction of the negative prompt to be as near as can be, and begin with zero steps",
+    )
+    cfg_zero_init_steps: int = option(
+        1, "with --cfg_zero_star: first steps that change nothing, and need no prediction"
+    )
     slg_mode: str | None = option(
         None, "skip-layer guidance: added to the other (original), or in its place (uncond)", choices=SLG_MODES
     )
@@ -63,6 +74,11 @@ class RunOptions:
         False,
         "with --fp8_scaled: round what comes in to float8 too and multiply that, on GPUs of compute capability 8.9 or "
         "newer: faster and less exact (docs/memory.md); not in the first and the last block",
+    )
+    riflex_freq_index: int | None = option(
+        None,
+        "for videos of more than 81 frames: number of the frequency along time, from 1, that is changed so that they "
+        "do not repeat (RIFLEx); 6 is usual",
     )
     quantize: str | None = option(
         None, "hold the DiT's linear weights as bitsandbytes does, instead of as float8", choices=tuple(FORMATS)
@@ -93,24 +109,19 @@ class GenerationCompileOptions(CompileOptions):
 
 
 @dataclass(frozen=True)
-class LoraOptions:
-    """LoRA"""
+class GenerationPairOptions(PairOptions):
+    """the two models of Wan2.2"""
 
-    lora_weight: tuple[Path, ...] = option((), "LoRA files of any key format, merged into the DiT while it loads")
-    lora_multiplier: tuple[float, ...] = option((), "strength of each LoRA in turn; those left out have 1.0")
+    lazy_loading: bool = option(False, "load each of the two when the first step asks for it, and drop the other")
 
-    def files(self) -> list[tuple[Path, float]]:
-        """Return the LoRA files with their multipliers."""
-        missing = len(self.lora_weight) - len(self.lora_multiplier)
-        if missing < 0:
-            raise UserError(
-                f"--lora_multiplier: {len(self.lora_multiplier)} numbers for {len(self.lora_weight)} LoRA files",
-                fix="give one number for each --lora_weight",
-            )
-        for multiplier in self.lora_multiplier:
-            if not math.isfinite(multiplier):
-                raise UserError(f"--lora_multiplier {multiplier}: not a usable number", fix="1.0 is full strength")
-        return list(zip(self.lora_weight, (*self.lora_multiplier, *[1.0] * missing), strict=True))
+
+def generation_config(task: str, pair: GenerationPairOptions) -> WanConfig:
+    """Return what a task has, with the boundary that is asked for. Raises UserError for options that exclude others."""
+    if pair.lazy_loading and pair.offload_inactive_dit:
+        raise UserError("--lazy_loading: keeps one model alone, --offload_inactive_dit both", "leave one of them out")
+    if pair.lazy_loading and pair.dit_high_noise is None:
+        logger.warning("--lazy_loading: ignored without --dit_high_noise")
+    return task_config(task, pair)
 
 
 @dataclass(frozen=True)
@@ -127,25 +138,39 @@ class Models:
     run: RunOptions
     swap: SwapOptions = SwapOptions()
     compiling: CompileOptions = CompileOptions()
+    pair: GenerationPairOptions = GenerationPairOptions()
+    step_cache: StepCacheOptions = StepCacheOptions()
 
     def groups(self) -> tuple[object, ...]:
         """Return the options of all of them, in groups."""
-        return self.dit, self.vae, self.t5, self.clip, self.lora, self.run, self.swap, self.compiling
+        models = self.dit, self.pair, self.vae, self.t5, self.clip, self.lora
+        return *models, self.run, self.swap, self.compiling, self.step_cache.repeated()
 
     def files(self) -> dict[str, Path | None]:
         """Return the weight files by the options that name them."""
-        return {"dit": self.dit.dit, "vae": self.vae.vae, "t5": self.t5.t5, "clip": self.clip.clip}
+        dits = {"dit": self.dit.dit, "dit_high_noise": self.pair.dit_high_noise}
+        return {**dits, "vae": self.vae.vae, "t5": self.t5.t5, "clip": self.clip.clip}
 
-    def load_dit(self, steps: Sequence[MemoryStep] = ()) -> WanModel:
-        """Return the DiT; steps: what it is going to compute."""
-        dtype = compute_dtype(dit_dtype(self.dit.dit), self.device)
-        loras = self.lora.files()
-        model = load_dit(
+    def load_dit(self, steps: Sequence[MemoryStep] = ()) -> WanModel | DitPair:
+        """Return the DiT, or both of Wan2.2; steps: what they are going to compute."""
+        return load_pair(
+            partial(self._load_dit, steps),
             self.dit.dit,
+            self.pair,
             self.config,
-            dtype,
             self.device,
-            deltas=weight_deltas(loras) if loras else None,
+            self.swap,
+            self.pair.lazy_loading,
+        )
+
+    def _load_dit(self, steps: Sequence[MemoryStep], path: Path, option: str) -> WanModel:
+        files = self.lora.high_noise_files() if option == HIGH else self.lora.files()
+        model = load_dit(
+            path,
+            self.config,
+            compute_dtype(dit_dtype(self.dit.dit), self.device),
+            self.device,
+            deltas=lora_deltas(files),
             attn_mode=self.run.attn_mode,
             fp8=self.run.fp8 or self.run.fp8_scaled,
             fp8_scaled=self.run.fp8_scaled,
@@ -156,9 +181,15 @@ class Models:
             compiling=self.compiling,
             steps=steps,
             residual_dtype=parse_dtype(self.dit.residual_dtype),
+            option=option,
         )
         model.second_picture_as_text = self.dit.compat_musubi
+        model.riflex = self.run.riflex_freq_index
         return model
+
+    def kept(self, name: str, load: Callable[[], Loaded]) -> Loaded:
+        """Return what load() does; those who keep models (modules/interactive.py) load each, known by a name, once."""
+        return load()
 
     def load_vae(self) -> WanVAE:
         dtype = parse_dtype(self.vae.vae_dtype) if self.vae.vae_dtype else compute_dtype(torch.bfloat16, self.device)

@@ -21,6 +21,7 @@ from utils.options import option, suggest
 from wan.dit_file import check_fp8
 from wan.loading import Deltas
 from wan.model import WanModel, WanShape
+from wan.pair import DitPair, each_model
 from wan.quantize import check_quantize
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,10 @@ class TrainedLora(Trained):
         self.deltas = base_deltas(self.options, model)
         return mixed_precision, dtype
 
-    def attach(self, dit: WanModel, device: torch.device) -> nn.Module:
-        self.network.to(device).train().attach(dit)
+    def attach(self, dit: WanModel | DitPair, device: torch.device) -> nn.Module:
+        self.network.to(device).train()
+        for model in each_model(dit):
+            self.network.attach(model)
         return self.network
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:

@@ -39,6 +39,8 @@ def estimate(plan: Plan, device: torch.device, swapped: int | None = None) -> Es
     swapped = (0 if swap.auto else swap.blocks_to_swap) if swapped is None else swapped
     block, rest = weight_bytes(plan.shape, plan.dtype, make)
     there = rest + (blocks - swapped + slots_for(swapped, swap.block_swap_ring_size)) * block
+    if plan.options.pair.dit_high_noise and not plan.options.pair.offload_inactive_dit:
+        there *= 2
     if not plan.trained.beside:
         moments = moment_bytes(plan.options.optimizer, device, plan.trained.shapes)
         gradient = 0 if plan.trained.fused else plan.dtype.itemsize

@@ -97,6 +97,14 @@ class Result:
     files: Files
     frames: int  # to keep of those that are decoded
     metadata: Mapping[str, Any] | None = None
+    waiting: Path | None = None  # where its latent is until it has been decoded
+
+    def last_files(self) -> list[Path]:
+        """Return the files that are there once all are."""
+        images = self.files.images
+        if images and self.frames > 1:
+            images = images.with_stem(f"{images.stem}_{self.frames - 1:03d}")
+        return [path for path in (self.files.latent, images, self.files.video) if path]
 
 
 def check_outputs(options: OutputOptions, results: int) -> None:
@@ -135,11 +143,14 @@ def names_a_file(save_path: Path) -> bool:
 
 
 def plan_files(
-    options: OutputOptions, results: Sequence[tuple[int | str, int]], sources: Sequence[Path] = ()
+    options: OutputOptions,
+    results: Sequence[tuple[int | str, int]],
+    sources: Sequence[Path] = (),
+    stems: Sequence[str] = (),
 ) -> list[Files]:
     """Return the paths of each result, given as (seed, frames): as --save_path names them, or <time>_<seed> there.
 
-    sources: the latent files that are decoded, whose names are then appended.
+    sources: the latent files that are decoded, whose names are then appended. stems: names to use instead.
     """
     parts, _ = OUTPUT_TYPES[options.output_type]
     path, time = options.save_path, datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -149,6 +160,7 @@ def plan_files(
     planned, taken = [], set()
     for i, (seed, frames) in enumerate(results):
         plain = f"{time}_{seed}" + (f"_{sources[i].stem}" if sources else "")
+        plain = stems[i] if stems else plain
         stem, number = plain, 1
         while stem in taken:
             number += 1

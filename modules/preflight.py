@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -12,9 +12,9 @@ from dataset.loader import CachedDataset, CachedItem
 from modules.cache_checks import check_fresh, check_one_frame
 from modules.checkpoints import check_saving
 from modules.ema import check_ema
-from modules.flow_matching import check_timesteps
+from modules.flow_matching import check_sides, check_timesteps
 from modules.generation import step_of
-from modules.generation_options import RunOptions, SamplingOptions
+from modules.generation_options import GenerationPairOptions, RunOptions, SamplingOptions
 from modules.hub import check_hub, resumed_from
 from modules.losses import check_loss
 from modules.optimizers import check_optimizer
@@ -27,10 +27,11 @@ from utils.errors import UserError
 from wan.attention import check_attention
 from wan.block_swap import check_swap
 from wan.compiling import CompileOptions, check_compile
-from wan.configs import TASKS, WanConfig
+from wan.configs import WanConfig
 from wan.dit_file import check_dit, dit_dtype
 from wan.memory import Step
 from wan.model import WanShape
+from wan.pair import check_pair, task_config
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,12 @@ class Plan:
 
     def steps(self) -> list[Step]:
         """Return what the steps of training compute, one for each size of batch, and those of samples."""
-        # At least 1: of a DiT that is trained itself the numbers are counted with its weights.
-        how = (max(self.trained.numbers, 1), self.trained.rank, self.options.precision.gradient_checkpointing)
+        how = {
+            # At least 1: of a DiT that is trained itself the numbers are counted with its weights.
+            "trained": max(self.trained.numbers, 1),
+            "rank": self.trained.rank,
+            "checkpointing": self.options.precision.gradient_checkpointing,
+        }
         sizes = {
             (dict(item.shapes)["latents"][1:], config.batch_size)
             for config, items in zip(self.data.configs, self.data.items, strict=True)
@@ -70,13 +75,12 @@ class Plan:
             sizes |= {(dict(items[0].shapes)["latents"][1:], len(items)) for _, items in self.validation.batches}
         sampled = self.samples.samples if self.samples else ()
         samples = [step_of(each.request, self.config, SamplingOptions()) for each in sampled]
-        return [*(Step(grid, batch, 1, *how) for grid, batch in sizes), *samples]
+        return [*(Step(grid, batch, **how) for grid, batch in sizes), *samples]
 
 
 def check(options: TrainOptions, trained: Trained, seed: int, device: torch.device, processes: int = 1) -> Plan:
     """Return the plan of a run on this device by so many processes, or raise UserError for what would fail later."""
-    config = TASKS[options.dit.task]
-    _refuse_later(options)
+    config = task_config(options.dit.task, options.pair)
     _check_numbers(options.training)
     _warn_of_unused(options.precision)
     for field in fields(options.unused):
@@ -90,6 +94,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     check_compile(compiling, device)
     datasets = load_config(options.data.dataset_config)
     shape = check_dit(options.dit.dit, config)
+    check_paired(options, trained, shape, config)
     check_states(options.states)
     resume = resumed_from(options.hub, options.states.resume)
     state = find_state(resume, options.saving.output_dir, options.saving.output_name)
@@ -131,6 +136,10 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         device,
         (options.saving.output_dir, options.saving.output_name),
     )
+    if samples:
+        samples = replace(
+            samples, models=replace(samples.models, config=config, pair=GenerationPairOptions(**vars(options.pair)))
+        )
     check_hub(options.hub, options.states.save_state or options.states.save_state_on_train_end)
     return Plan(
         options=options,
@@ -151,6 +160,24 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
         batches=batches,
         shape=shape,
     )
+
+
+def check_paired(options: TrainOptions, trained: Trained, shape: WanShape, config: WanConfig) -> None:
+    """Raise UserError where what is trained, on which timesteps, does not go with the two models of Wan2.2."""
+    if not trained.beside and options.pair.dit_high_noise is not None:
+        raise UserError("--dit_high_noise: fine-tuning trains one model at a time", "give it as --dit in another run")
+    if not trained.beside and options.swap.block_swap_h2d_only:
+        raise UserError("--block_swap_h2d_only: blocks in training have to come back", "leave it out")
+    if options.pair.dit_high_noise is None:
+        return
+    precision = options.precision
+    check_pair(
+        options.pair,
+        *(options.dit.dit, shape, config),
+        *(precision.fp8_base, precision.fp8_scaled),
+        quantize=precision.quantize,
+    )
+    check_sides(options.timesteps, config.boundary)
 
 
 def _cached(
@@ -194,12 +221,6 @@ def rest_of_run(training: TrainingOptions, batches: int, state: State, begun: in
             "ask for more with --max_train_steps or --max_train_epochs",
         )
     return total, epochs
-
-
-def _refuse_later(options: TrainOptions) -> None:
-    given = {name: value for name, value in vars(options.later).items() if value}
-    for name in given:
-        raise UserError(f"--{name}: is not available yet", "leave it out")
 
 
 def _check_numbers(training: TrainingOptions) -> None:

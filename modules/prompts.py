@@ -1,16 +1,20 @@
 """What is asked for: command lines and prompt lines turned into requests, every value of them checked."""
 
+import hashlib
 import logging
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from modules.clips import count_frames
 from modules.one_frame import OneFrame, make_one_frame
 from utils.errors import UserError
 from utils.files import require_file
@@ -22,7 +26,9 @@ logger = logging.getLogger(__name__)
 PATCH_PIXELS = 16  # 8 by the VAE, 2 by the DiT's patches
 POSITIONS = 1024  # along each axis, in the DiT's own table
 MAX_PIXELS, MAX_FRAMES = POSITIONS * PATCH_PIXELS, 4 * (POSITIONS - 1) + 1
+MAX_STEPS = 1000  # as many as the timesteps of training
 MAX_SEED = 2**32 - 1
+DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,19 @@ class PromptOptions:
         "text file with a prompt on each line, and behind it --w --h --f --d --s --g --fs --n --i --ei --cn "
         "--of --ci --cim",
     )
+    skip_existing: bool = option(
+        False, "with --from_file: name files after their lines, leave out lines whose files are there, and go on"
+    )
+    interactive: bool = option(False, "ask for prompts, such lines too, with models that stay loaded in between")
     video_size: tuple[int, int] = option((256, 256), "height and width in pixels", metavar=("HEIGHT", "WIDTH"))
     video_length: int | None = option(None, "frames, 4 n + 1; left out: 81, or 1 for t2i")
     infer_steps: int | None = option(None, "denoising steps; left out: the task's default, 40 or 50")
+    timesteps: str | None = option(
+        None,
+        "these timesteps, falling from 1000 at most, instead of evenly spaced ones, for --sample_solver vanilla; "
+        "shifted only where --flow_shift is given",
+        metavar="T,T,...",
+    )
     flow_shift: float | None = option(
         None, "shift of the noise schedule; left out: 3.0 for i2v at 832x480 or 480x832, else the task's default"
     )
@@ -50,6 +66,12 @@ class PromptOptions:
     image_path: Path | None = option(None, "start image of the i2v and flf2v tasks")
     end_image_path: Path | None = option(None, "end image; needed by flf2v, possible with i2v")
     control_path: Path | None = option(None, "control video, or folder of pictures, of the -FC tasks")
+    video_path: Path | None = option(None, "video, picture or folder of pictures to start from instead of noise")
+    strength: float | None = option(
+        None,
+        "with --video_path: noise level to start at, from 0, which leaves it as it is, to 1, which forgets it "
+        f"(default: {DEFAULT_STRENGTH})",
+    )
     from_metadata: Path | None = option(
         None, "make this video, picture or latent again, by what it says of itself; typed options win"
     )
@@ -85,6 +107,9 @@ class Request:
     end_image: Path | None = None
     control: Path | None = None
     one_frame: OneFrame | None = None  # frames is 1 then
+    timesteps: tuple[float, ...] = ()  # of each step before the shift; empty: evenly spaced ones
+    video: Path | None = None  # to start from
+    strength: float = 1.0  # noise level to start at
 
 
 class Letter(NamedTuple):
@@ -172,18 +197,23 @@ def read_requests(options: PromptOptions, config: WanConfig) -> list[Request]:
     Raises UserError for the first value that does not fit the task, before any of them is made.
     """
     if options.from_file is None:
+        if options.skip_existing:
+            raise UserError("--skip_existing: is for --from_file", "leave it out")
         return [make_request(options, config)]
     path = require_file(options.from_file, "--from_file", "a file of prompts")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"--from_file {path}: not a text in UTF-8", fix="save it as UTF-8") from None
-    requests = []
+    requests, seen = [], Counter()
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.strip().startswith("#"):
             continue
         try:
-            requests.append(make_request(_line_options(parse_inference_prompt(line), options), config))
+            given = line_options(parse_inference_prompt(line), options)
+            if options.skip_existing and given.seed is None:
+                given = replace(given, seed=_seed_of(line, seen))
+            requests.append(make_request(given, config))
         except UserError as error:
             raise UserError(f"--from_file {path}, line {number}: {error.problem}", error.fix) from None
     if not requests:
@@ -191,7 +221,13 @@ def read_requests(options: PromptOptions, config: WanConfig) -> list[Request]:
     return requests
 
 
-def _line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions:
+def _seed_of(line: str, seen: Counter[str]) -> int:
+    """Return a seed that is the same in every run, and another one for each time that a line is there."""
+    seen[line] += 1
+    return int.from_bytes(hashlib.sha256(f"{seen[line]} {line.strip()}".encode()).digest()[:4], "little")
+
+
+def line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions:
     """Return the command line's options with those of one prompt line in their place."""
     height, width = options.video_size
     size = (line.pop("video_size_height", height), line.pop("video_size_width", width))
@@ -218,10 +254,20 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
     for name, value in (("guidance_scale", guidance), ("guidance_scale_high_noise", guidance_high)):
         if not math.isfinite(value):
             raise UserError(f"--{name} {value}: not a usable number", fix=f"the default is {config.guidance}")
-    steps = config.steps if options.infer_steps is None else options.infer_steps
+    timesteps = read_timesteps(options.timesteps)
+    steps = (len(timesteps) or config.steps) if options.infer_steps is None else options.infer_steps
     if steps < 1:
         raise UserError(f"--infer_steps {steps}: at least one step is needed", fix=f"the default is {config.steps}")
-    shift = default_flow_shift(config, width, height) if options.flow_shift is None else options.flow_shift
+    if steps > MAX_STEPS:
+        raise UserError(
+            f"--infer_steps {steps}: more than {MAX_STEPS}, which is all that the model tells apart",
+            fix=f"the default is {config.steps}",
+        )
+    if timesteps and steps != len(timesteps):
+        raise UserError(f"--infer_steps {steps}: --timesteps lists {len(timesteps)}", fix="leave --infer_steps out")
+    shift = options.flow_shift
+    if shift is None:
+        shift = 1.0 if timesteps else default_flow_shift(config, width, height)
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(f"--flow_shift {shift}: must be above 0", fix=f"the default is {config.flow_shift}")
     one_frame = _one_frame(options, config)
@@ -233,15 +279,31 @@ def make_request(options: PromptOptions, config: WanConfig) -> Request:
         negative_prompt=options.negative_prompt or config.negative_prefix + DEFAULT_NEGATIVE_PROMPT,
         width=width,
         height=height,
-        frames=1 if one_frame else frame_count(options.video_length, config),
+        frames=1 if one_frame else frame_count(available_frames(options, config), config),
         steps=steps,
         flow_shift=shift,
         guidance_scale=guidance,
         guidance_scale_high_noise=guidance_high,
         seed=seed,
         one_frame=one_frame,
+        timesteps=timesteps,
         **_pictures(options, config),
+        **_start(options),
     )
+
+
+def read_timesteps(text: str | None) -> tuple[float, ...]:
+    """Return the numbers of --timesteps."""
+    if text is None:
+        return ()
+    where, fix = f"--timesteps {text}", "write them as 1000,750,500,250"
+    try:
+        numbers = tuple(float(word) for word in text.rstrip(", ").split(","))
+    except ValueError:
+        raise UserError(f"{where}: not numbers with commas between them", fix) from None
+    if not all(0 < number <= 1000 for number in numbers) or any(a <= b for a, b in pairwise(numbers)):
+        raise UserError(f"{where}: must fall from at most 1000 and stay above 0", fix)
+    return numbers
 
 
 def check_size(width: int, height: int, config: WanConfig) -> None:
@@ -333,6 +395,28 @@ def _pictures(options: PromptOptions, config: WanConfig) -> dict[str, Path | Non
         logger.warning("--end_image_path: ignored in one-frame inference, %s looks at one image", config.name)
         end_image = None
     return {"image": options.image_path, "end_image": end_image, "control": options.control_path}
+
+
+def _start(options: PromptOptions) -> dict[str, Any]:
+    """Return the checked video to start from, if any, and the noise level to start at."""
+    path, strength = options.video_path, options.strength
+    if strength is not None and not 0 <= strength <= 1:
+        raise UserError(f"--strength {strength:g}: must be from 0 to 1", fix=f"the default is {DEFAULT_STRENGTH}")
+    if path is None:
+        if strength is not None:
+            raise UserError(f"--strength {strength:g}: is for --video_path", fix="give that, or leave it out")
+        return {}
+    if options.one_frame_inference is not None:
+        raise UserError(f"--video_path {path}: one-frame inference starts from noise", fix="leave one of them out")
+    return {"video": path, "strength": DEFAULT_STRENGTH if strength is None else strength}
+
+
+def available_frames(options: PromptOptions, config: WanConfig) -> int | None:
+    """Return --video_length, or where it is left out the frames of a --video_path that has fewer than the default."""
+    if options.video_path is None or options.video_length is not None:
+        return options.video_length
+    frames = count_frames(options.video_path, "--video_path", config.frames)
+    return None if frames >= config.frames else (frames - 1) // 4 * 4 + 1
 
 
 def check_picture(path: Path, option: str) -> None:

@@ -57,7 +57,8 @@ def warn_of_changes(path: Path, models: Models) -> None:
         file = models.files().get(name)
         if file is not None and weights_identity(file, f"--{name}") != identity:
             logger.warning("--%s %s: is not the file that %s was made with", name, file, path)
-    hashes = {entry.get("file"): entry.get("sha256") for entry in metadata.get("lora", [])}
-    for file, _ in models.lora.files():
-        if file.name in hashes and file_hash(file) != hashes[file.name]:
-            logger.warning("--lora_weight %s: is not the file that %s was made with", file, path)
+    entries = [*metadata.get("lora", []), *metadata.get("lora_high_noise", [])]
+    hashes = {entry.get("file"): entry.get("sha256") for entry in entries}
+    for file in (*models.lora.files(), *models.lora.high_noise_files()):
+        if file.path.name in hashes and file_hash(file.path) != hashes[file.path.name]:
+            logger.warning("%s: is not the file that %s was made with", file.name, path)

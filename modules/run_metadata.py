@@ -52,15 +52,19 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "discrete_flow_shift": timesteps.discrete_flow_shift,
         **({"validation_split": split} if (split := options.validation.validation_split) else {}),
         "datasets": summary.metadata,
+        "task": plan.config.name,
         "sd_model_name": Path(options.dit.dit).name,
+        **pair_metadata(plan),
         **({"vae_name": Path(options.vae.vae).name} if options.vae.vae else {}),
     }
     family = "wan2.2" if plan.config.boundary else "wan2.1"
     bounds = (timesteps.min_timestep, timesteps.max_timestep)
     model = model_metadata(options.metadata, options.saving.output_name, family, trained.architecture, bounds)
+    high = options.pair.dit_high_noise
     own = {
         "task": plan.config.name,
         "dit": weights_identity(options.dit.dit, "--dit"),
+        "dit_high_noise": high and weights_identity(high, "--dit_high_noise"),
         "fp8_scaled": options.precision.fp8_scaled,
         "quantize": options.precision.quantize,
         "one_frame": is_one_frame(plan.data),
@@ -69,3 +73,11 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
     }
     own = {name: value for name, value in own.items() if value}
     return {**trained.file_metadata(), **training_metadata(values), **model, OWN_KEY: json.dumps(own)}
+
+
+def pair_metadata(plan: Plan) -> dict[str, str | float]:
+    """Return what a file says of the second model it was trained for, and from which noise level on that was used."""
+    high = plan.options.pair.dit_high_noise
+    if high is None:
+        return {}
+    return {"sd_model_name_high_noise": high.name, "timestep_boundary": plan.config.boundary}

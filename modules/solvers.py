@@ -7,7 +7,7 @@ steps are counted, never looked up by their timestep, because timesteps may repe
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,10 +40,11 @@ Velocity = Callable[[Tensor, Step], Tensor]
 StepFunction = Callable[[Tensor, Tensor, int, tuple[float, ...], Memory], tuple[Tensor, Memory]]
 
 
-def sigma_schedule(solver: str, steps: int, shift: float) -> tuple[Tensor, Tensor]:
+def sigma_schedule(solver: str, steps: int, shift: float, listed: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
     """Return the `steps` timesteps told to the model and the `steps` + 1 float32 sigmas, which fall to 0.
 
     The timesteps of unipc and dpm++ are int64, truncated in float64 as the official schedulers do; Euler's are float32.
+    listed: Euler's timesteps before the shift, for others than evenly spaced ones.
     """
     if steps < 1:
         raise UserError(
@@ -51,8 +52,10 @@ def sigma_schedule(solver: str, steps: int, shift: float) -> tuple[Tensor, Tenso
         )
     if not (shift > 0 and math.isfinite(shift)):
         raise UserError(f"--flow_shift {shift}: the shift must be above 0", fix="leave it out for the task's default")
+    if listed and solver != "vanilla":
+        raise UserError(f"--timesteps: not with --sample_solver {solver}", fix="add --sample_solver vanilla")
     if solver == "vanilla":
-        grid = torch.linspace(1, 0, steps + 1)
+        grid = torch.tensor([*listed, 0]) / TRAINING_TIMESTEPS if listed else torch.linspace(1, 0, steps + 1)
         sigmas = shift * grid / (1 + (shift - 1) * grid)
         timesteps = sigmas[:-1] * TRAINING_TIMESTEPS
     else:
@@ -92,7 +95,7 @@ def dpmpp_step(velocity: Tensor, x: Tensor, i: int, sigmas: tuple[float, ...], m
     """Return x at sigmas[i + 1] by DPM-Solver++ 2M (midpoint; arXiv:2211.01095), first order at both ends."""
     data = x - sigmas[i] * velocity
     x_next, factor = _first_order(x, data, sigmas[i], sigmas[i + 1])
-    if 0 < i < len(sigmas) - 2:
+    if memory.data and i < len(sigmas) - 2:
         lambdas = [log_snr(sigma) for sigma in sigmas[i - 1 : i + 2]]
         ratio = (lambdas[1] - lambdas[0]) / (lambdas[2] - lambdas[1])  # infinite after a first sigma of 1
         x_next = x_next - 0.5 * factor / ratio * (data - memory.data[-1])
@@ -121,9 +124,9 @@ def unipc_step(velocity: Tensor, x: Tensor, i: int, sigmas: tuple[float, ...], m
     The sample is first corrected with the new prediction, which is not computed again from the corrected sample.
     """
     data = x - sigmas[i] * velocity
-    if i > 0:
+    if memory.data:
         x = _unipc_correct(data, i, sigmas, memory)
-    order = min(2, len(sigmas) - 1 - i, i + 1)
+    order = min(2, len(sigmas) - 1 - i, len(memory.data) + 1)
     x_next, factor = _first_order(x, data, sigmas[i], sigmas[i + 1])
     if order == 2:
         lambdas = [log_snr(sigma) for sigma in sigmas[i - 1 : i + 2]]
@@ -136,14 +139,17 @@ SOLVERS: dict[str, StepFunction] = {"unipc": unipc_step, "dpm++": dpmpp_step, "v
 
 
 class Stepper:
-    """A run taken one step at a time: `timesteps` to ask the model at, and `step` with its answer."""
+    """A run taken one step at a time: `timesteps` to ask the model at, and `step` with its answer.
 
-    def __init__(self, solver: str, steps: int, shift: float):
-        self.timesteps, self.sigmas = sigma_schedule(solver, steps, shift)
+    first: number of the step to begin with, of whatever is as noisy there. listed: see sigma_schedule().
+    """
+
+    def __init__(self, solver: str, steps: int, shift: float, first: int = 0, listed: Sequence[float] = ()):
+        self.timesteps, self.sigmas = sigma_schedule(solver, steps, shift, listed)
         self._advance = SOLVERS[solver]
         self._sigmas = tuple(self.sigmas.tolist())
         self._memory = Memory()
-        self._done = 0
+        self._done = first
 
     def next(self) -> Step:
         """Return the step that `step` will take."""
@@ -163,14 +169,17 @@ def sample(
     steps: int,
     shift: float,
     on_step: Callable[[Step, Tensor, Tensor], None] = lambda step, x, clean: None,
+    first: int = 0,
+    listed: Sequence[float] = (),
 ) -> Tensor:
     """Return the clean latents at the end of the flow from the noise `x`, in float32.
 
+    first: number of the step to begin with, where x is as noisy as there, and all steps before are left out.
     velocity(x, step) is asked once a step, in order; on_step(step, x, clean) hears of each new x, and of the
-    clean latents that the step's velocity leads to.
+    clean latents that the step's velocity leads to. listed: see sigma_schedule().
     """
-    stepper = Stepper(solver, steps, shift)
-    for _ in range(steps):
+    stepper = Stepper(solver, steps, shift, first, listed)
+    for _ in range(first, steps):
         step = stepper.next()
         answer = velocity(x, step)
         clean = x - step.sigma * answer

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate.utils import DynamoBackend
 
@@ -21,6 +20,7 @@ from wan.block_swap import SwapOptions
 from wan.clip import ClipOptions
 from wan.compiling import MODES, CompileOptions
 from wan.dit_file import DitOptions
+from wan.pair import PairOptions
 from wan.quantize import FORMATS
 from wan.t5 import T5Options
 from wan.vae import VaeOptions
@@ -143,17 +143,11 @@ class UnusedOptions:
 
 
 @dataclass(frozen=True)
-class LaterOptions:
-    """not available yet"""
-
-    dit_high_noise: Path | None = option(None, "train on both models of Wan2.2")
-
-
-@dataclass(frozen=True)
 class TrainOptions:
     """The options of a training run, but for what is trained."""
 
     dit: DitOptions
+    pair: PairOptions
     data: DatasetOptions
     training: TrainingOptions
     precision: PrecisionOptions
@@ -176,4 +170,3 @@ class TrainOptions:
     cuda: CudaOptions
     show: ShowOptions
     unused: UnusedOptions
-    later: LaterOptions

@@ -12,6 +12,7 @@ from modules.states import check_shapes
 from modules.train_options import TrainOptions
 from wan.loading import Deltas
 from wan.model import WanModel, WanShape
+from wan.pair import DitPair
 from wan.streaming import Device
 
 
@@ -41,7 +42,7 @@ class Trained(ABC):
         """
 
     @abstractmethod
-    def attach(self, dit: WanModel, device: torch.device) -> nn.Module:
+    def attach(self, dit: WanModel | DitPair, device: torch.device) -> nn.Module:
         """Make the loaded DiT and what is trained with it ready, and return the module with the parameters."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -21,7 +22,7 @@ from dataset.loader import Batch, batches_of, make_loader
 from modules.checkpoints import Checkpoints
 from modules.disk import optimizer_bytes, tensor_bytes
 from modules.ema import Average
-from modules.flow_matching import noised, sample_timesteps
+from modules.flow_matching import noised, sample_one_sided, sample_timesteps
 from modules.gradients import average_gradients
 from modules.losses import flow_loss, loss_weights, sample_errors
 from modules.memory_advice import memory_advised, savings
@@ -55,6 +56,7 @@ from wan.auto_swap import AutoSwap
 from wan.checkpointing import offloading, save_memory
 from wan.loading import load_dit
 from wan.model import WanModel
+from wan.pair import DitPair, each_model, load_pair
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +94,10 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
     # Before the DiT: the encoders of prompts and pictures are not in memory beside it.
     sampler = Sampler(plan.samples) if plan.samples and accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    with memory_advised(plan):
-        dit = load_dit(
-            options.dit.dit,
+
+    def load(path: Path, option: str) -> WanModel:
+        return load_dit(
+            path,
             plan.config,
             plan.dtype,
             accelerator.device,
@@ -110,28 +113,30 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
             compiling=plan.compiling,
             steps=plan.steps(),
             residual_dtype=parse_dtype(options.dit.residual_dtype),
+            option=option,
         )
+
+    with memory_advised(plan):
+        dit = load_pair(load, options.dit.dit, options.pair, plan.config, accelerator.device, options.swap)
     return Trainer(plan, dit, accelerator, sampler)
 
 
 class Trainer:
     """A run in progress: what is trained, by what, and how far it is."""
 
-    def __init__(self, plan: Plan, dit: WanModel, accelerator: Accelerator, sampler: Sampler | None = None):
+    def __init__(self, plan: Plan, dit: WanModel | DitPair, accelerator: Accelerator, sampler: Sampler | None = None):
         options, training = plan.options, plan.options.training
         self.plan, self.accelerator, self.dit, self.sampler = plan, accelerator, dit, sampler
-        if auto := getattr(dit, "auto_swap", None):
-            auto.fix = savings(plan)
         precision = options.precision
         offloads = precision.gradient_checkpointing and precision.gradient_checkpointing_cpu_offload
-        save_memory(
-            dit,
-            precision.gradient_checkpointing,
-            offloading(accelerator.device) if offloads else None,
-            precision.gradient_checkpointing_keep_attention,
-        )
+        offload = offloading(accelerator.device) if offloads else None
+        how = precision.gradient_checkpointing, offload, precision.gradient_checkpointing_keep_attention
+        for model in each_model(dit):
+            if auto := getattr(model, "auto_swap", None):
+                auto.fix = savings(plan)
+            save_memory(model, *how)
+            model.second_picture_as_text = options.dit.compat_musubi
         self.told = as_told(options.dit.compat_musubi, options.timesteps.timestep_sampling)
-        dit.second_picture_as_text = options.dit.compat_musubi
         self.trained = plan.trained
         self.module = self.trained.attach(dit, accelerator.device)
         self.parameters = list(self.module.parameters())
@@ -291,7 +296,10 @@ class Trainer:
         options, kind, device = self.plan.options.timesteps, self.plan.options.loss, self.accelerator.device
         batch = batch.to(device)
         height, width = batch.latents.shape[-2:]
-        t = sample_timesteps(options, len(batch), height, width, self.generator, batch.timesteps).to(device)
+        sizes = (len(batch), height, width, self.generator, batch.timesteps)
+        paired, boundary = self.plan.options.pair.dit_high_noise, self.plan.config.boundary
+        t = sample_one_sided(options, boundary, *sizes) if paired else sample_timesteps(options, *sizes)
+        t = t.to(device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)
         prediction = predict(self.dit, self.plan.config, batch, x_t, t, self.told)

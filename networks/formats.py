@@ -214,9 +214,13 @@ def weight_deltas(
 
 def delta_shapes(path: Path | str, option: str = "--lora_weight") -> dict[str, tuple[int, ...]]:
     """Return, by name of a DiT weight, the shape of what a LoRA file adds to it. Raises as `weight_deltas` does."""
-    name = f"{option} {path}"
+    return added_shapes(read_lora(path, option)[0], f"{option} {path}")
+
+
+def added_shapes(state_dict: Mapping[str, Tensor], name: str) -> dict[str, tuple[int, ...]]:
+    """Return what `delta_shapes` does for a LoRA in memory; name: what an error calls it."""
     shapes = {}
-    for layer, parts in read_layers(read_lora(path, option)[0], name).items():
+    for layer, parts in read_layers(state_dict, name).items():
         _refuse_dora(parts, f"{name}: {layer}")
         shape = _weight_shape(parts, f"{name}: {layer}")
         if shape is not None:

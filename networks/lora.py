@@ -129,6 +129,7 @@ class LoRANetwork(nn.Module):
             self.add_module(name, branch)
         # Only the way back: kept apart from the modules so that the model is never saved or moved with the LoRA.
         self._restore: list[Callable[[], None]] = []
+        self._attached: list[nn.Module] = []
 
     @property
     def names(self) -> list[str]:
@@ -139,21 +140,22 @@ class LoRANetwork(nn.Module):
         return self._modules.items()
 
     def attach(self, model: nn.Module) -> None:
-        """Add each branch to its layer's output by replacing the layer's forward.
+        """Add each branch to its layer's output by replacing the layer's forward. Several models share the branches.
 
         Raises UserError when the model lacks a layer or has it in another size: the LoRA is for another model.
         """
-        assert not self._restore, "the network is already attached"
+        assert not any(model is other for other in self._attached), "the network is already attached to this model"
         layers = {lora_name(path): layer for path, layer in linear_layers(model).items()}
         self.check({name: (layer.in_features, layer.out_features) for name, layer in layers.items()})
         for name, branch in self.branches():
             self._restore.append(_attach(layers[name], _Adapted(self, branch, layers[name].forward).forward))
+        self._attached.append(model)
 
     def detach(self) -> None:
-        """Give the model its own forwards back."""
+        """Give the models their own forwards back."""
         for restore in self._restore:
             restore()
-        self._restore = []
+        self._restore, self._attached = [], []
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise UserError unless every branch has a layer of its size; sizes: (inputs, outputs) by LoRA name."""

@@ -1,5 +1,6 @@
 """Fixtures of all tests: recorded behaviour of the original code, tiny models, and scripts run as a user runs them."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+_frozen = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
         # What is exact on a CPU is rounded otherwise on a GPU, and scripts take the GPU where they see one.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # What has been imported stays; scripts, which release memory between stages, need not look through it each time.
+    gc.freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    # The same for the one large package that is imported when it is needed, once it has been.
+    if "transformers.models.umt5" in sys.modules and not item.session.stash.get(_frozen, False):
+        item.session.stash[_frozen] = True
+        gc.collect()
+        gc.freeze()
 
 
 def needs_gpu(config: pytest.Config) -> bool:

@@ -26,6 +26,7 @@ from modules.generation import (
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import decode_files
 from modules.latent_encoding import load_latent_encoders
+from modules.lora_files import LoraFile
 from modules.outputs import Files, OutputOptions, Result, load_latent, save_latent
 from modules.prompts import Request
 from modules.solvers import Step
@@ -150,7 +151,15 @@ def test_noise_drawn_on_the_cpu_is_the_same_on_every_device():
 
 @pytest.mark.parametrize(
     ("pattern", "scale", "needed"),
-    [("CCC", 5.0, False), ("CGC", 5.0, True), ("GGG", 1.0, False), ("UU", 1, False), ("SC", 1.0, True)],
+    [
+        ("CCC", 5.0, False),
+        ("CGC", 5.0, True),
+        ("GGG", 1.0, False),
+        ("UU", 1, False),
+        ("SC", 1.0, True),
+        ("ZZC", 5.0, False),
+        ("ZSC", 1.0, True),
+    ],
 )
 def test_the_negative_prompt_is_encoded_only_where_some_step_asks_for_it(pattern, scale, needed):
     assert needs_negative(pattern, scale) is needed
@@ -176,7 +185,7 @@ def test_numbers_of_layers_are_read_from_a_list():
 
 def test_a_missing_multiplier_is_1_and_one_too_many_an_error():
     a, b = Path("a"), Path("b")
-    assert LoraOptions((a, b), (0.5,)).files() == [(a, 0.5), (b, 1.0)]
+    assert LoraOptions((a, b), (0.5,)).files() == [LoraFile(a, 0.5), LoraFile(b, 1.0)]
     with pytest.raises(UserError, match="--lora_multiplier: 3 numbers for 2 LoRA files"):
         LoraOptions((a, b), (1.0, 1.0, 1.0)).files()
     with pytest.raises(UserError, match="--lora_multiplier nan: not a usable number"):

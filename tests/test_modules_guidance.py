@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,54 @@ def test_what_a_step_asks_for_is_known_beforehand(letter, scale):
     asked = predictions(letter, scale)
     assert asked[0] == "conditional" and len(set(asked)) == len(asked)
     assert [asked.count(name) for name in ("conditional", "unconditional", "skipped")] == calls
+
+
+# ---------------------------------------------------------------------------------------------------------- CFG-Zero*
+def answers(batch=2):
+    """Return the three predictions [B 3 2 2 2] of a step, as tensors."""
+    return torch.randn(3, batch, 3, 2, 2, 2, generator=torch.Generator().manual_seed(3)).unbind()
+
+
+def zero_star(letter, scale, slg_scale, predicted):
+    velocity = guided(letter, *(lambda x, step, v=v: v for v in predicted), scale, slg_scale, zero_star=True)
+    return velocity(torch.ones_like(predicted[0]), Step(0, 1000.0, 1.0))
+
+
+@pytest.mark.parametrize("letter", "GSU")
+def test_zero_star_scales_the_unconditional_to_the_nearest_of_each_sample(letter):
+    v_c, v_u, v_s = (v.double().numpy() for v in answers())
+    found = zero_star(letter, 4.0, 3.0, answers()).numpy()
+    for sample in range(2):
+        other = (v_s if letter == "U" else v_u)[sample].ravel()
+        wanted = v_c[sample].ravel()
+        (nearest,) = np.linalg.lstsq(other[:, None], wanted, rcond=None)[0]
+        value = nearest * other + 4.0 * (wanted - nearest * other)
+        if letter == "S":
+            value = value + 3.0 * (wanted - v_s[sample].ravel())
+        np.testing.assert_allclose(found[sample].ravel(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_star_is_what_diffusers_guider_makes():
+    from diffusers.guiders import ClassifierFreeZeroStarGuidance
+
+    guider = ClassifierFreeZeroStarGuidance(guidance_scale=4.0, zero_init_steps=1)
+    v_c, v_u, _ = answers()
+    for step, letter in ((0, "Z"), (1, "G")):
+        guider.set_state(step=step, num_inference_steps=9, timestep=torch.tensor(500.0))
+        torch.testing.assert_close(zero_star(letter, 4.0, 0.0, answers()), guider.forward(v_c, v_u).pred)
+
+
+def test_a_zero_prediction_is_scaled_to_zero():
+    v_c, v_u, v_s = answers()
+    torch.testing.assert_close(zero_star("G", 4.0, 0.0, (v_c, torch.zeros_like(v_u), v_s)), 4 * v_c)
+
+
+def test_zero_steps_come_first_and_ask_for_nothing():
+    assert guidance_pattern(6, "late", 0.5, "original", 0.0, 0.4, zero_steps=1) == "ZSGCCC"
+    assert guidance_pattern(3, zero_steps=0) == "GGG"
+    models = Counted(5.0), Counted(2.0), Counted(1.0)
+    assert float(guided("Z", *models, 4.0)(torch.ones(1), Step(0, 1000.0, 1.0))) == 0
+    assert [model.calls for model in models] == [0, 0, 0] and predictions("Z", 4.0) == ()
 
 
 def test_the_scale_may_depend_on_the_step():

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,14 @@ def test_what_is_given_goes_before_the_defaults():
     assert (request.guidance_scale, request.seed, request.frames) == (1.0, 11, 9)
 
 
+def test_listed_timesteps_are_the_steps_and_are_shifted_only_on_request():
+    request = ask(timesteps="1000, 757,522")
+    assert (request.timesteps, request.steps, request.flow_shift) == ((1000, 757, 522), 3, 1.0)
+    assert ask(timesteps="1000,").timesteps == (1000,)
+    assert ask(timesteps="1000,500", flow_shift=5.0, infer_steps=2).flow_shift == 5.0
+    assert ask().timesteps == () and ask().flow_shift == 5.0
+
+
 @pytest.mark.parametrize("text", [None, ""])
 def test_no_negative_prompt_means_the_task_s_own(text, picture):
     assert ask(negative_prompt=text).negative_prompt == DEFAULT_NEGATIVE_PROMPT
@@ -125,6 +134,22 @@ def test_guidance_of_the_noisy_steps_is_the_task_s_unless_given():
         ("t2v-14B", {"video_size": (488, 832)}, "--video_size 488 832: 488 pixels high is not a multiple of 16"),
         ("t2v-14B", {"video_size": (480, 840)}, "840 pixels wide is not a multiple of 16. Use 832 or 848."),
         ("t2v-14B", {"video_size": (480, 0)}, "0 pixels wide is not a multiple of 16. Use 16 or 32."),
+        (
+            "t2v-14B",
+            {"infer_steps": 1001},
+            "--infer_steps 1001: more than 1000, which is all that the model tells apart",
+        ),
+        ("t2v-14B", {"timesteps": "1000,x"}, "--timesteps 1000,x: not numbers with commas between them. Write them as"),
+        ("t2v-14B", {"timesteps": ""}, "--timesteps : not numbers"),
+        ("t2v-14B", {"timesteps": "500,750"}, "--timesteps 500,750: must fall from at most 1000 and stay above 0"),
+        ("t2v-14B", {"timesteps": "1001,750"}, "--timesteps 1001,750: must fall from at most 1000"),
+        ("t2v-14B", {"timesteps": "500,nan"}, "--timesteps 500,nan: must fall from at most 1000"),
+        ("t2v-14B", {"timesteps": "500,0"}, "--timesteps 500,0: must fall from at most 1000"),
+        (
+            "t2v-14B",
+            {"timesteps": "900,50", "infer_steps": 4},
+            "--infer_steps 4: --timesteps lists 2. Leave --infer_st",
+        ),
         ("t2v-14B", {"infer_steps": 0}, "--infer_steps 0: at least one step is needed. The default is 50."),
         ("t2v-14B", {"flow_shift": -1.0}, "--flow_shift -1.0: must be above 0. The default is 5.0."),
         ("t2v-14B", {"flow_shift": float("nan")}, "--flow_shift nan: must be above 0"),
@@ -143,6 +168,17 @@ def test_a_value_that_cannot_be_used_is_refused(task, options, line):
     with pytest.raises(UserError) as error:
         ask(task, **options)
     assert line in str(error.value)
+
+
+@given(st.integers(16, 16384))
+def test_a_size_that_is_no_multiple_of_16_is_refused_with_the_two_nearest(pixels):
+    if pixels % 16 == 0:
+        assert ask(video_size=(pixels, 480)).height == pixels
+        return
+    with pytest.raises(UserError) as error:
+        ask(video_size=(480, pixels))
+    below, above = (int(word) for word in re.search(r"Use (\d+) or (\d+)\.", str(error.value)).groups())
+    assert below < pixels < above == below + 16 and below % 16 == 0
 
 
 def test_flf2v_needs_its_end_image(picture):

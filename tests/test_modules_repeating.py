@@ -48,6 +48,29 @@ def test_a_file_is_made_again_bit_by_bit(generate, command, tmp_path, name, monk
     assert again.read_bytes() == first and again.suffix == f".{name[2:]}"
 
 
+def test_an_approximate_video_of_listed_timesteps_is_made_again(generate, command, tmp_path, caplog):
+    more = ["--sample_solver", "vanilla", "--infer_steps", 3, "--timesteps", "1000,700,400", "--cfg_zero_star"]
+    more += [
+        "--step_cache",
+        "easycache",
+        "--step_cache_threshold",
+        9,
+        "--step_cache_warmup",
+        0.3,
+        "--riflex_freq_index",
+        2,
+    ]
+    latent = ["--output_type", "latent"]
+    caplog.set_level("INFO")
+    generate(*command, *more, "--compare_exact", *latent, "--save_path", tmp_path / "a.safetensors")
+    assert "--compare_exact: seed" in caplog.text
+    caplog.clear()
+    generate("--from_metadata", tmp_path / "a.safetensors", *latent, "--save_path", tmp_path / "b.safetensors")
+    assert "--compare_exact: seed" not in caplog.text
+    first, second = (load_file(tmp_path / name)["latent"] for name in ("a.safetensors", "b.safetensors"))
+    assert torch.equal(first, second)
+
+
 def test_typed_options_win_over_those_of_the_file(generate, command, tmp_path):
     generate(*command, "--seed", 4, "--save_path", tmp_path / "a.mp4")
     generate("--from_metadata", tmp_path / "a.mp4", "--infer_steps", 3, "--save_path", tmp_path / "b.mp4")

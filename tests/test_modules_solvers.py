@@ -130,10 +130,51 @@ def test_euler_equals_diffusers_on_the_same_sigmas():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_exact_velocity_of_one_picture_recovers_it(solver):
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0, 12.0])
+def test_the_exact_velocity_of_one_picture_recovers_it(solver, steps, shift):
+    """As with models that are distilled to few steps, whose velocity leads straight to a picture."""
     picture, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3))
-    got = sample(solver, lambda x, step: (x - picture) / step.sigma, noise, 6, 5.0)
-    torch.testing.assert_close(got, picture, rtol=0, atol=2e-5)
+    seen = []
+    got = sample(
+        solver, lambda x, step: (x - picture) / step.sigma, noise, steps, shift, lambda step, x, clean: seen.append(x)
+    )
+    torch.testing.assert_close(got, picture, rtol=0, atol=1e-3 if solver == "unipc" else 2e-5)
+    assert len(seen) == steps
+
+
+# ------------------------------------------------------------------------------------------------- listed timesteps
+def test_evenly_spaced_timesteps_may_as_well_be_listed():
+    for shift in (1.0, 5.0):
+        listed, plain = (sigma_schedule("vanilla", 4, shift, given) for given in ((1000, 750, 500, 250), ()))
+        assert torch.equal(listed[0], plain[0]) and torch.equal(listed[1], plain[1])
+    # Those of models that are distilled to four steps, shifted by 5.
+    torch.testing.assert_close(listed[0], torch.tensor([1000, 937.5, 833.3333, 625]), rtol=0, atol=1e-3)
+
+
+def test_euler_goes_through_the_listed_timesteps_as_diffusers_does():
+    timesteps = (1000, 757, 522)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    theirs.set_timesteps(sigmas=[t / 1000 for t in timesteps])
+    x = want = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+    for sigma, timestep in zip(theirs.sigmas, theirs.timesteps, strict=False):
+        want = theirs.step(curved_velocity(want, float(sigma)), timestep, want, return_dict=False)[0]
+    asked = []
+    got = sample(
+        "vanilla",
+        lambda x, step: asked.append(step.timestep) or curved_velocity(x, step.sigma),
+        x,
+        3,
+        1.0,
+        listed=timesteps,
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    assert asked == pytest.approx(timesteps)
+
+
+def test_listed_timesteps_are_euler_s():
+    with pytest.raises(UserError, match="--timesteps: not with --sample_solver unipc. Add --sample_solver vanilla."):
+        sigma_schedule("unipc", 2, 5.0, (1000, 500))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -360,6 +360,52 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
     assert "--slg_mode original: ignored without --slg_layers" in caplog.text
 
 
+def test_listed_timesteps_make_what_even_ones_make(generate, tmp_path):
+    few = {"output_type": "latent", "vae": None, "sample_solver": "vanilla", "guidance_scale": 1, "flow_shift": 5}
+    generate(save_path=tmp_path / "even.safetensors", **few, infer_steps=4)
+    generate(save_path=tmp_path / "listed.safetensors", **few, infer_steps=4, timesteps="1000,750,500,250")
+    assert torch.equal(latent_of(tmp_path / "even.safetensors"), latent_of(tmp_path / "listed.safetensors"))
+    with safe_open(tmp_path / "listed.safetensors", "pt") as file:
+        assert file.metadata()["timesteps"] == "1000,750,500,250,"
+
+
+def test_riflex_is_for_long_videos(generate, caplog, tmp_path):
+    caplog.set_level("INFO")
+    given = {"output_type": "latent", "vae": None, "video_size": [16, 16], "infer_steps": 1, "guidance_scale": 1}
+    for name, more in {
+        "plain": {"video_length": 85},
+        "long": {"video_length": 85, "riflex_freq_index": 3},
+        "short": {"video_length": 81, "riflex_freq_index": 3},
+    }.items():
+        caplog.clear()
+        generate(save_path=tmp_path / f"{name}.safetensors", **given, **more)
+        assert ("is for videos longer than the model was trained on" in caplog.text) == (name == "short")
+    assert "becomes 23.3 for the 21 of this video" in caplog.text
+    assert not torch.allclose(latent_of(tmp_path / "plain.safetensors"), latent_of(tmp_path / "long.safetensors"))
+    with safe_open(tmp_path / "long.safetensors", "pt") as file:
+        assert file.metadata()["riflex_freq_index"] == "3"
+
+
+def test_zero_star_leaves_the_first_noise_as_it_is_and_changes_the_rest(generate, caplog, tmp_path):
+    latents = {}
+    for name, options in {
+        "plain": {"cfg_zero_init_steps": 2},
+        "star": {"cfg_zero_star": True, "cfg_zero_init_steps": 0},
+        "zero": {"cfg_zero_star": True},
+        "short": {"cfg_zero_star": True, "guidance_scale": 1},
+    }.items():
+        path = tmp_path / f"{name}.safetensors"
+        generate(save_path=path, output_type="latent", vae=None, infer_steps=3, sample_solver="vanilla", **options)
+        latents[name] = latent_of(path)
+    assert not torch.allclose(latents["plain"], latents["star"]) and not torch.allclose(
+        latents["star"], latents["zero"]
+    )
+    assert "--cfg_zero_init_steps 2: ignored without --cfg_zero_star" in caplog.text
+    assert "--cfg_zero_star: with --guidance_scale 1 nothing is left of it but the first steps" in caplog.text
+    with safe_open(tmp_path / "zero.safetensors", "pt") as file:
+        assert file.metadata()["cfg_zero_star"] == "true"
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -393,6 +439,13 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
         ({"cfg_apply_ratio": 1.5}, "--cfg_apply_ratio 1.5: must be from 0 to 1"),
         ({"slg_mode": "uncond", "slg_layers": "0", "slg_end": "inf"}, "--slg_end inf: must be from 0 to 1"),
         ({"slg_start": "nan"}, "--slg_start nan: must be from 0 to 1"),
+        (
+            {"cfg_zero_star": True, "cfg_zero_init_steps": 2},
+            "--cfg_zero_init_steps 2: must be from 0 to 1, fewer than the 2 steps. The default is 1.",
+        ),
+        ({"timesteps": "1000,500"}, "--timesteps: not with --sample_solver unipc. Add --sample_so"),
+        ({"riflex_freq_index": 0}, "--riflex_freq_index 0: this DiT's frequencies along time are 1 to "),
+        ({"riflex_freq_index": 23}, "--riflex_freq_index 23: this DiT's frequencies along time are 1 to "),
         ({"slg_scale": "nan"}, "--slg_scale nan: not a usable number"),
         ({"latent_path": ["nothing.safetensors"]}, "--latent_path nothing.safetensors: no such file"),
         (
@@ -400,7 +453,7 @@ def test_skip_layer_guidance_without_layers_is_ignored_with_a_warning(generate, 
             "the latent is there already. Use video or images.",
         ),
         ({"sample_solver": "euler"}, "invalid choice: 'euler'"),
-        ({"strength": 0.5}, "--strength: unknown option"),
+        ({"strength": 0.5}, "--strength 0.5: is for --video_path"),
     ],
 )
 def test_bad_input_is_named_before_any_model_loads(generate, models, monkeypatch, tmp_path, options, line):

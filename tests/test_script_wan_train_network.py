@@ -45,6 +45,7 @@ def test_files_tensors_and_metadata_are_those_of_the_recorded_run(train, golden)
         tensors, metadata = load_file(output / name), read_metadata(output / name)
         shapes = {key: [list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in tensors.items()}
         assert shapes == want["tensors"]
+        assert metadata.pop("ss_task") == "t2v-1.3B"
         own = json.loads(metadata.pop("wan_tuner"))
         assert own.keys() == {"task", "dit", "software"} and own["task"] == "t2v-1.3B"
         assert metadata.keys() == want["metadata"].keys()

@@ -8,6 +8,7 @@ import torch
 from networks import lora_wan
 from tests.live_bytes import LiveBytes
 from tests.test_wan_model import random_inputs
+from wan.block_reuse import Residual, velocities
 from wan.block_swap import stream_blocks
 from wan.checkpointing import save_memory
 from wan.configs import TASKS
@@ -32,8 +33,12 @@ def measured(shape: WanShape, step: Step, dtype: torch.dtype, **swap) -> int:
         with LiveBytes() as live, torch.inference_mode():
             contexts = [model.context(given["text"], given["image_features"], reused=True) for _ in range(step.passes)]
             passes = [{"text": context, "y": given["y"]} for context in contexts]
-            for _ in range(2):
-                model.velocities(given["x"], given["timestep"], passes)
+            residuals = [Residual() for _ in range(step.kept)]
+            for reused in (False, True, False):
+                if step.kept:
+                    velocities(model, given["x"], given["timestep"], passes, residuals, [reused] * step.passes)
+                else:
+                    model.velocities(given["x"], given["timestep"], passes)
         return live.peak
     network = lora_wan.create_network(model, step.rank, 1.0, None, args={}).train()
     network.attach(model)
@@ -54,6 +59,7 @@ def shape_of(**sizes) -> WanShape:
         (Step((2, 40, 40)), {}),
         (Step((2, 20, 40), batch=2), {"ffn_dim": 1536}),
         (Step((1, 32, 32), passes=2), {"in_channels": 36, "clip_dim": 1280}),
+        (Step((2, 40, 40), passes=2, kept=2), {}),
         (Step((1, 32, 32), trained=1, rank=RANK), {"blocks": 3}),
         (Step((1, 16, 32), batch=2, trained=1, rank=RANK), {"ffn_dim": 1024}),
         (Step((1, 32, 32), trained=1, rank=RANK, checkpointing=True), {"blocks": 5}),

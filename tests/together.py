@@ -19,6 +19,7 @@ from modules.generation import Condition, denoise_all, encode_conditions, encode
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.outputs import Files, Result
 from modules.prompts import Request
+from modules.step_cache_options import StepCacheOptions
 from utils.errors import run_script
 from utils.processes import Processes, joined
 from wan.block_swap import SwapOptions
@@ -41,8 +42,11 @@ class Case:
     run: dict[str, Any] = field(default_factory=dict)
     swap: dict[str, Any] = field(default_factory=dict)
     compiling: dict[str, Any] = field(default_factory=dict)
+    step_cache: dict[str, Any] = field(default_factory=dict)
 
 
+# Every second step is computed, whatever the tokens are.
+REUSED = {"step_cache": "teacache", "teacache_coefficients": "0,0.06", "step_cache_threshold": 0.1}
 SLG = {"slg_mode": "original", "slg_layers": "1", "slg_end": 0.5}
 CASES = {
     "guided": Case(),
@@ -51,6 +55,12 @@ CASES = {
     "unguided": Case(asked={"guidance_scale": 1.0}),
     "fewer tokens than processes": Case(asked={"width": 16, "height": 16, "frames": 1}),
     "some unguided steps": Case(sampling={"cfg_skip_mode": "late", "cfg_apply_ratio": 0.5}),
+    "used again": Case(sampling=SLG, asked={"steps": 4}, step_cache=REUSED | {"step_cache_warmup": 0.25}),
+    "used again, alone at first": Case(
+        sampling={"cfg_skip_mode": "early", "cfg_apply_ratio": 0.5},
+        asked={"steps": 4},
+        step_cache={"step_cache": "easycache", "step_cache_threshold": 5.0, "step_cache_warmup": 0.25},
+    ),
     "swapped": Case("i2v-14B", "dit_i2v", swap={"blocks_to_swap": 2, "block_swap_ring_size": 1}),
 }
 COMPILED = {"compiled": Case(compiling={"compile": True, "compile_backend": "aot_eager"})}
@@ -70,6 +80,7 @@ def make(case: Case, folder: Path, processes: Processes) -> list[Tensor]:
         RunOptions(device="cpu", **case.run),
         SwapOptions(**case.swap),
         CompileOptions(**case.compiling),
+        StepCacheOptions(**case.step_cache),
     )
     settings = {"width": 96, "height": 64, "frames": 5, "steps": 2, "flow_shift": 5.0, "guidance_scale": 5.0, "seed": 7}
     settings |= {"image": folder / "start.png" if config.images else None} | case.asked

@@ -52,6 +52,9 @@ class SwapOptions:
         True, "page-lock that main memory, which copies need to run beside the computation"
     )
 
+    block_swap_h2d_only: bool = option(
+        False, "accepted for musubi-tuner's command lines: weights that stay as they are only ever travel one way here"
+    )
     weights_on_disk: bool = option(
         False, "leave these blocks on the disk instead of in main memory, and read each ahead of its use"
     )
@@ -87,6 +90,8 @@ def check_swap(options: SwapOptions, blocks: int) -> None:
     elif slots is not None and slots > most:
         what = f"the DiT's {blocks} blocks" if options.auto else f"--blocks_to_swap {swapped}"
         raise UserError(f"--block_swap_ring_size {slots}: is more than {what}", "leave it out, or use fewer")
+    if options.block_swap_h2d_only:
+        logger.info("--block_swap_h2d_only: is how frozen blocks are swapped here anyway")
     folder = options.weights_on_disk_dir
     if options.weights_on_disk and not most:
         raise UserError("--weights_on_disk: is for blocks that are swapped", "add --blocks_to_swap auto")
@@ -117,7 +122,7 @@ def stream_blocks(
     The blocks are frozen, and may be on any device. Names, outputs and gradients stay the same. disk: where they are
     kept instead of in main memory.
     """
-    ring = Ring(model.blocks, device, disk)
+    model.ring = ring = Ring(model.blocks, device, disk)
     model.forward = partial(ring.record, model.forward)
     model.velocities = partial(ring.velocities, model)
     ring.stream(numbers, slots)
@@ -209,6 +214,7 @@ class Ring:
         self.numbers: list[int] = []  # of the streamed blocks, by rank
         self.homes: list[Home | DiskHome] = []
         self.slots: list[Packed] = []
+        self._count = 0  # of slots, also while the ring rests
         self._held: list[int | None] = []  # the rank in each slot
         self._whole: list[bool] = []  # whether all of it is there
         self._copies: list[Any] = []
@@ -224,15 +230,13 @@ class Ring:
         homes = dict(zip(self.numbers, self.homes, strict=True))
         # What is made in inference mode could not be used by a training step later.
         with torch.inference_mode(False), torch.no_grad():
-            self._rest()
+            self.rest()
             for number in numbers:  # one by one, so that there is never a second copy of all
                 if number not in homes:
                     homes[number] = self._home(number)
             self.numbers = sorted(numbers)
             self.homes = [homes[number] for number in self.numbers]
-            self.slots = [Packed(self.device.slot(self.block_bytes), self.tensors[0]) for _ in range(slots)]
-        self._by_address = {slot.data.untyped_storage().data_ptr(): i for i, slot in enumerate(self.slots)}
-        self._held, self._whole, self._copies = [None] * slots, [False] * slots, [None] * slots
+        self.resume(slots)
         if not numbers:
             return
         logger.info(
@@ -248,7 +252,15 @@ class Ring:
             return DiskHome(self.disk, self.names[number], self.tensors[number], self.device)
         return Home(self.tensors[number], self.block_bytes, self.device)
 
-    def _rest(self) -> None:
+    def resume(self, slots: int | None = None) -> None:
+        """Take so many slots, all empty, after rest(); None: as many as there were before."""
+        self._count = slots = self._count if slots is None else slots
+        with torch.inference_mode(False), torch.no_grad():
+            self.slots = [Packed(self.device.slot(self.block_bytes), self.tensors[0]) for _ in range(slots)]
+        self._by_address = {slot.data.untyped_storage().data_ptr(): i for i, slot in enumerate(self.slots)}
+        self._held, self._whole, self._copies = [None] * slots, [False] * slots, [None] * slots
+
+    def rest(self) -> None:
         """Bring all streamed weights home and give the slots back."""
         for held, copy in zip(self._held, self._copies, strict=True):
             if held is not None:

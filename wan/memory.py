@@ -39,6 +39,7 @@ class Step:
     grid: tuple[int, int, int]  # frames, rows and columns of the latents
     batch: int = 1
     passes: int = 1  # predictions that a guided step asks for
+    kept: int = 0  # of them, those whose blocks' sum is kept from step to step (wan/block_reuse.py)
     trained: int = 0  # numbers of a LoRA on all linear layers of the blocks, to which a backward pass leads
     rank: int = 0  # of that LoRA
     checkpointing: bool = False
@@ -71,7 +72,8 @@ def step_bytes(shape: WanShape, step: Step, dtype: torch.dtype, quantized: bool 
         peak = lean + dequantized
     time = 6 * shape.dim * (shape.dim + step.batch) * FLOAT32  # weights that make modulation of it, before the blocks
     turns = (step.passes - 1) * residual
-    return residual + max(peak, time) + _shared_bytes(shape, step, half) + (turns if turns <= waiting else 0)
+    shared = _shared_bytes(shape, step, half) + step.kept * residual
+    return residual + max(peak, time) + shared + (turns if turns <= waiting else 0)
 
 
 def _shared_bytes(shape: WanShape, step: Step, half: int) -> int:

@@ -63,6 +63,7 @@ class WanModel(nn.Module):
         self.attn_mode = "torch"
         self.split_attn = False
         self.second_picture_as_text = False  # musubi-tuner's way, for what was trained with it
+        self.riflex: int | None = None  # see rope_factors(); not for hand-picked frame indices
         dim = shape.dim
         self.patch_embedding = nn.Conv3d(shape.in_channels, dim, shape.patch, stride=shape.patch)
         self.text_embedding = nn.Sequential(
@@ -214,7 +215,7 @@ class WanModel(nn.Module):
         # What is made in inference mode could not be used by a training step later.
         with torch.inference_mode(False):
             if frame_indices is None:
-                return self._rope_factors(head_dim, frames, height, width, device)
+                return self._rope_factors(head_dim, frames, height, width, device, self.riflex)
             rows = [tuple(int(index) for index in row) for row in frame_indices]
             assert all(len(row) == frames for row in rows), f"frame indices {rows} for {frames} frames"
             return torch.stack([self._rope_factors(head_dim, row, height, width, device) for row in rows])

@@ -1,5 +1,6 @@
 """Rotary position factors in three dimensions: frame, row and column of a token's patch."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,19 @@ THETA = 10000.0
 
 
 def rope_factors(
-    head_dim: int, frames: int | Sequence[int], height: int, width: int, device: torch.device | str = "cpu"
+    head_dim: int,
+    frames: int | Sequence[int],
+    height: int,
+    width: int,
+    device: torch.device | str = "cpu",
+    riflex: int | None = None,
 ) -> Tensor:
     """Return the rotation of each token, e^(i angle), for tokens in (frame, row, column) order: [L 1 D/2] complex64.
 
     frames: how many, or the temporal position of each one; height, width: of the token grid. A head's D/2 channel
     pairs are shared out to the axes as D/2 - 2 (D//6), D//6 and D//6; each axis restarts at its highest frequency.
     Angles in float64: in float32 that of frame 1000 would be off by 3e-5.
+    riflex: number, from 1, of the frequency along time that becomes riflex_frequency() of the number of frames.
     """
     positions = range(frames) if isinstance(frames, int) else frames
     grid = torch.meshgrid(
@@ -25,11 +32,27 @@ def rope_factors(
     )
     side = head_dim // 6
     angles = []
-    for position, pairs in zip(grid, (head_dim // 2 - 2 * side, side, side), strict=True):
+    for position, pairs in zip(grid, (temporal_pairs(head_dim), side, side), strict=True):
         frequencies = THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+        if riflex is not None and position is grid[0]:
+            frequencies[riflex - 1] = riflex_frequency(len(positions))
         angles.append(position.reshape(-1, 1, 1) * frequencies)
     angle = torch.cat(angles, dim=-1)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+
+
+def riflex_frequency(frames: int) -> float:
+    """Return the angle from one latent frame to the next by which a video of so many turns nine tenths of a circle.
+
+    What a model learned to repeat after a period within the lengths it was trained on does then not repeat in a longer
+    video (RIFLEx, arXiv:2502.15894).
+    """
+    return 0.9 * 2 * math.pi / frames
+
+
+def temporal_pairs(head_dim: int) -> int:
+    """Return how many of a head's D/2 channel pairs, each with a frequency of its own, tell the frame."""
+    return head_dim // 2 - 2 * (head_dim // 6)
 
 
 def rotate(x: Tensor, factors: Tensor) -> Tensor:
