@@ -57,7 +57,8 @@ class Plan:
 
     def steps(self) -> list[Step]:
         """Return what the steps of training compute, one for each size of batch, and those of samples."""
-        how = (self.trained.numbers, self.trained.rank, self.options.precision.gradient_checkpointing)
+        trained = self.trained
+        how = (trained.numbers, trained.rank, self.options.precision.gradient_checkpointing, trained.scratch)
         sizes = {
             (dict(item.shapes)["latents"][1:], config.batch_size)
             for config, items in zip(self.data.configs, self.data.items, strict=True)
