@@ -45,7 +45,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every linear layer inside the model's transformer blocks by its dotted path, in the model's order."""
     layers = {}
     for block_path, block in model.named_modules():
-        if type(block).__name__ == BLOCK_CLASS:
+        # Or of a class made of it, as those that share out their weights among processes are.
+        if any(kind.__name__ == BLOCK_CLASS for kind in type(block).__mro__):
             for path, layer in block.named_modules(prefix=block_path):
                 if isinstance(layer, nn.Linear):
                     layers[path] = layer
