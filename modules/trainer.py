@@ -178,10 +178,12 @@ class Trainer:
         # Closed also by an error, whose line would else stand at the end of the bar.
         with self.stop, tqdm(total=total, initial=self.step, desc="steps", disable=silent) as progress:
             for epoch in range(self.epochs, self.plan.epochs):
-                self.epoch(epoch, progress)
+                if self.step < self.plan.total_steps:
+                    self.epoch(epoch, progress)
+        # The file before the state: a run that has the state of its end has all that it was to have.
+        self.save(lambda files: files.save_final(self.trained.tensors(), self.step, self.plan.epochs))
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
             self.save_state(self.states.at_end())
-        self.save(lambda files: files.save_final(self.trained.tensors(), self.step, self.plan.epochs))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
