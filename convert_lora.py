@@ -26,8 +26,8 @@ class ConversionOptions:
     output: Path | None = option(None, "LoRA file to write", required=True)
     target: str | None = option(
         None,
-        "other: dotted keys with lora_A and lora_B, for ComfyUI and diffusers' pipelines; diffusers: with layer names of "
-        "its DiT, for load_lora_adapter; default: the keys that training writes",
+        "other: dotted keys with lora_A and lora_B, for ComfyUI and diffusers' pipelines; diffusers: with layer names "
+        "of its DiT, for load_lora_adapter; default: the keys that training writes",
         choices=("other", "diffusers", "default"),
         required=True,
     )
