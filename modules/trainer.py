@@ -322,6 +322,8 @@ class Trainer:
         if not due:
             self.save(lambda files: files.save_step(self.trained.tensors(), self.step, epoch))
         self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            raise SystemExit(128 + self.stop.number)
         raise Stopped(f"stopped after step {self.step}; go on with: {command_to_resume(state)}", 128 + self.stop.number)
 
     def save(self, write: Callable[[Checkpoints], object]) -> None:
