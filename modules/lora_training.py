@@ -183,8 +183,8 @@ def network_module(name: str) -> ModuleType:
     """Return the module that makes the network; musubi_tuner's names of our modules are understood."""
     if name.partition(".")[0] == "lycoris":
         raise UserError(
-            f"--network_module {name}: networks of the package lycoris-lora put other weights into the DiT's layers in "
-            "every step, which layers that are swapped, float8 or compiled do not allow",
+            f"--network_module {name}: networks of the package lycoris-lora compute with the DiT's own weights in "
+            "every step, which are not there where layers are swapped, quantised or shared out",
             "use networks.loha or networks.lokr, whose files are the same",
         )
     ours = name.removeprefix("musubi_tuner.")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.run_logs import LoggingOptions
@@ -64,6 +65,7 @@ def kill_at_random(folder: Path, dit: Path, dataset: Path, steps: int, kills: in
     """
     words = [*OPTIONS.split(), "--max_train_steps", str(steps), "--dit", str(dit), "--dataset_config", str(dataset)]
     straight, said = folder / "straight", folder / "said.txt"
+    tqdm.monitor_interval = 0  # no thread, whose locks a forked process would never get
     for _ in range(2):  # once for what is imported at first use: those that are forked have it then
         started = time.monotonic()
         train([*words, "--output_dir", str(straight), "--save_last_n_steps", str(steps)])
