@@ -185,7 +185,7 @@ def network_module(name: str) -> ModuleType:
         raise UserError(
             f"--network_module {name}: networks of the package lycoris-lora compute with the DiT's own weights in "
             "every step, which are not there where layers are swapped, quantised or shared out",
-            "use networks.loha or networks.lokr, whose files are the same",
+            "use networks.loha or networks.lokr, whose files have the form of theirs",
         )
     ours = name.removeprefix("musubi_tuner.")
     try:

@@ -127,11 +127,11 @@ def load_shared(
     return shards
 
 
-def only_here(shards: Shards | None, state: PartialState) -> contextlib.AbstractContextManager:
+def only_here(shards: Shards | None, accelerator: Accelerator) -> contextlib.AbstractContextManager:
     """Return what the first process runs the DiT in by itself; the others lend it their parts meanwhile, if any."""
     if shards is None:
         return contextlib.nullcontext()
-    if state.is_main_process:
+    if accelerator.is_main_process:
         return shards.led()
     shards.follow()
     return contextlib.nullcontext()

@@ -100,14 +100,11 @@ def alone(words, tmp_path_factory) -> Path:
     return folder
 
 
-SHARED = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
-
-
 @needs_fork
 @pytest.mark.parametrize(
     ("environment", "flags"),
-    [({}, ""), (FSDP, ""), (SHARED, "--gradient_checkpointing")],
-    ids=["whole", "shared", "kept"],
+    [({}, ""), (FSDP, "--gradient_checkpointing")],
+    ids=["whole", "shared"],
 )
 def test_two_processes_train_what_one_does_with_the_batch_doubled(words, alone, tmp_path, environment, flags):
     both = tmp_path / "both"
