@@ -391,6 +391,8 @@ class Trainer:
         self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
         self.states.written.update(name for name in progress.written if name.endswith("-state"))
         self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
+        if self.accelerator.is_main_process:
+            self.states.tidy()
         logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
 
     def generators(self) -> dict[str, torch.Generator]:

@@ -66,6 +66,8 @@ def kill_at_random(folder: Path, dit: Path, dataset: Path, steps: int, kills: in
     words = [*OPTIONS.split(), "--max_train_steps", str(steps), "--dit", str(dit), "--dataset_config", str(dataset)]
     straight, said = folder / "straight", folder / "said.txt"
     tqdm.monitor_interval = 0  # no thread, whose locks a forked process would never get
+    if tqdm.monitor:
+        tqdm.monitor.exit()
     for _ in range(2):  # once for what is imported at first use: those that are forked have it then
         started = time.monotonic()
         train([*words, "--output_dir", str(straight), "--save_last_n_steps", str(steps)])
@@ -81,13 +83,15 @@ def kill_at_random(folder: Path, dit: Path, dataset: Path, steps: int, kills: in
             resume = ["--resume", "latest"] if states else []
             before = _temporary(output)
             process = _start([*words, "--output_dir", str(output), *resume], said)
+            deadline = time.monotonic() + 60 + 10 * duration
             if found.kills < kills:
                 # At any moment; every second one when there is one more state, or it would often not get so far.
                 while found.kills % 2 and states_of(output, NAME) == states and process.is_alive():
                     process.join(0.001)
+                    assert time.monotonic() < deadline, "the process hangs"
                 process.join(chance.uniform(0, duration / 2))
                 process.kill()
-            process.join()
+            process.join(deadline - time.monotonic())
             assert process.exitcode in (0, -signal.SIGKILL), said.read_text()
             killed = process.exitcode != 0
             found.kills, found.resumed = found.kills + killed, found.resumed + bool(resume)

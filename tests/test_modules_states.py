@@ -138,6 +138,18 @@ def test_a_state_appears_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
+def test_what_a_killed_run_had_begun_goes_when_it_goes_on_and_nothing_else(trainer, tmp_path):  # noqa: F811
+    run = trainer(f"{HOW} --max_train_steps 2 --save_state_on_train_end")
+    run.run()
+    folder = run.plan.options.saving.output_dir
+    begun = [".name-state.0123abcd.tmp", ".name-step00000003-state.0123abcd.old", ".name.0123abcd.unfinished"]
+    others = [".name-of-another-state.0123abcd.tmp", ".name-state.0123abcd", "name-step00000001-state", ".mine"]
+    for name in (*begun, *others):
+        (folder / name).touch() if name.endswith("unfinished") else (folder / name).mkdir()
+    trainer(f"{HOW} --max_train_steps 4 --resume {folder / 'name-state'} --output_dir {folder}")
+    assert {path.name for path in folder.iterdir()} == {*others, "name-state", "name.safetensors"}
+
+
 # --------------------------------------------------------------------------------------------------- other states
 def test_a_state_of_another_program_gives_weights_optimizer_and_schedule(trainer, caplog):  # noqa: F811
     run = trainer(f"{HOW} --max_train_steps 4 --save_state_on_train_end")
