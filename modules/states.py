@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from dataset.loader import CachedDataset
 from modules.checkpoints import SavingOptions
 from utils.errors import UserError
+from utils.files import remove_leftovers
 from utils.identity import file_hash
 from utils.options import option
 from utils.safetensors_io import open_tensors, save_file_atomically
@@ -37,7 +38,9 @@ from utils.safetensors_io import open_tensors, save_file_atomically
 logger = logging.getLogger(__name__)
 
 MODEL, RANDOM, PROGRESS, MANIFEST = "model.safetensors", "random.safetensors", "progress.json", "manifest.json"
-_ENDING = re.compile(r"(-\d{6}|-step\d{8}|)-state")
+_NAMES = r"(-\d{6}|-step\d{8}|)-state"
+_ENDING = re.compile(_NAMES)
+_BEGUN = rf"{_NAMES}\.[0-9a-f]{{8}}\.(tmp|old)"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,15 @@ class States:
         every, last = self.saving.save_every_n_epochs, self.options.save_last_n_epochs_state
         if (last := last if last is not None else self.saving.save_last_n_epochs) is not None:
             self._delete(self.at_epoch(max(epoch - every * last, 0)))
+
+    def tidy(self) -> None:
+        """Delete what a run of this name that was killed had begun to write, or had replaced already."""
+        folder, begun = self.saving.output_dir, re.compile(rf"\.{re.escape(self.saving.output_name)}{_BEGUN}")
+        left = [path for path in sorted(folder.iterdir()) if path.is_dir() and begun.fullmatch(path.name)]
+        for path in left:
+            shutil.rmtree(path)
+        for path in (*left, *remove_leftovers(folder)):
+            logger.info("removed, left by a run that was killed: %s", path)
 
     def _delete(self, path: Path) -> None:
         if path.name in self.written and path.is_dir():

@@ -117,6 +117,17 @@ class TrainingCompileOptions(CompileOptions):
 
 
 @dataclass(frozen=True)
+class ProcessOptions:
+    """several GPUs, and how they compute"""
+
+    ddp_timeout: int | None = option(None, "minutes that processes wait for each other (default: 360)")
+    ddp_gradient_as_bucket_view: bool = option(False, "accepted without effect")
+    ddp_static_graph: bool = option(False, "accepted without effect")
+    cuda_allow_tf32: bool = option(False, "round the factors of float32 products to TF32: faster, not as exact")
+    cuda_cudnn_benchmark: bool = option(False, "let cuDNN try which of its algorithms is the fastest")
+
+
+@dataclass(frozen=True)
 class LaterOptions:
     """not available yet"""
 
@@ -147,4 +158,5 @@ class TrainOptions:
     clip: ClipOptions
     compiling: TrainingCompileOptions
     states: StateOptions
+    processes: ProcessOptions
     later: LaterOptions

@@ -8,12 +8,12 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,43 +29,34 @@ from modules.preflight import Plan, check
 from modules.run_logs import LoggingOptions, log_folder
 from modules.run_metadata import run_metadata
 from modules.samples import Sampler
+from modules.several import join, load_shared, make_accelerator, only_here, sharding
 from modules.states import Progress, State, States, restore_optimizer, write_state
 from modules.stopping import Stop, command_to_resume
 from modules.timestep_bins import TimestepBins, in_words
 from modules.train_options import TrainOptions
 from modules.trained import Trained
 from modules.validation import Validator
-from utils.devices import default_device, dtype_name, parse_dtype
+from utils.devices import dtype_name, parse_dtype
 from utils.errors import Stopped, UserError
+from utils.processes import answered
 from wan.auto_swap import AutoSwap, auto_recommended
 from wan.checkpointing import offloading, save_memory
 from wan.loading import load_dit
 from wan.model import WanModel
 from wan.pair import DitPair, each_model, load_pair
+from wan.shards import Shards
 
 logger = logging.getLogger(__name__)
 
 
+@answered(certainly=False)
 def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) -> "Trainer":
     """Check everything, load the DiT and return the run, on this process or on one of several that were launched."""
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise UserError(f"accelerate launch: {engine} is not available", "use --multi_gpu for several GPUs")
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
-    # The other processes wait for samples and files of the first one, which may take longer than the usual minutes.
-    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
-    if not state.is_main_process:
-        logging.disable(logging.WARNING)
+    state = join(options.processes)
+    shared = sharding(options, trained, state.num_processes)
     folder = log_folder(logs)
     plan = check(options, trained, _agreed_seed(options.training.seed), state.device, state.num_processes)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-        # No autocast, the DiT does without; gradients of float16 are scaled, or the small ones would be lost.
-        mixed_precision="fp16" if plan.dtype == torch.float16 else "no",
-        log_with="tensorboard" if folder else None,
-        project_dir=folder,
-    )
+    accelerator = make_accelerator(options.training.gradient_accumulation_steps, plan.dtype, state, folder)
     if folder:
         accelerator.init_trackers(logs.log_tracker_name)
     for line in plan.data.summary().lines():
@@ -74,12 +65,12 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
     sampler = Sampler(plan.samples) if plan.samples and accelerator.is_main_process else None
     accelerator.wait_for_everyone()
 
-    def load(path: Path, option: str) -> WanModel:
+    def load(path: Path, option: str, device: torch.device | str = accelerator.device) -> WanModel:
         return load_dit(
             path,
             plan.config,
             plan.dtype,
-            accelerator.device,
+            device,
             deltas=trained.deltas,
             attn_mode=plan.attn_mode,
             split_attn=options.attention.split_attn,
@@ -95,6 +86,9 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
             option=option,
         )
 
+    if shared:
+        shards = load_shared(partial(load, options.dit.dit, "--dit"), shared, accelerator)
+        return Trainer(plan, shards.dit, accelerator, sampler, shards)
     with _advice(options, trained):
         dit = load_pair(load, options.dit.dit, options.pair, plan.config, accelerator.device, options.swap)
     return Trainer(plan, dit, accelerator, sampler)
@@ -103,9 +97,16 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
 class Trainer:
     """A run in progress: what is trained, by what, and how far it is."""
 
-    def __init__(self, plan: Plan, dit: WanModel | DitPair, accelerator: Accelerator, sampler: Sampler | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        dit: WanModel | DitPair,
+        accelerator: Accelerator,
+        sampler: Sampler | None = None,
+        shards: Shards | None = None,  # where the DiT is shared out
+    ):
         options, training = plan.options, plan.options.training
-        self.plan, self.accelerator, self.dit, self.sampler = plan, accelerator, dit, sampler
+        self.plan, self.accelerator, self.dit, self.sampler, self.shards = plan, accelerator, dit, sampler, shards
         precision = options.precision
         offloads = precision.gradient_checkpointing and precision.gradient_checkpointing_cpu_offload
         offload = offloading(accelerator.device) if offloads else None
@@ -166,6 +167,7 @@ class Trainer:
         if plan.state:
             self.restore(plan.state)
 
+    @answered(certainly=False)
     def run(self) -> None:
         """Train to the end and save the result."""
         self.log_start()
@@ -176,10 +178,12 @@ class Trainer:
         # Closed also by an error, whose line would else stand at the end of the bar.
         with self.stop, tqdm(total=total, initial=self.step, desc="steps", disable=silent) as progress:
             for epoch in range(self.epochs, self.plan.epochs):
-                self.epoch(epoch, progress)
+                if self.step < self.plan.total_steps:
+                    self.epoch(epoch, progress)
+        # The file before the state: a run that has the state of its end has all that it was to have.
+        self.save(lambda files: files.save_final(self.trained.tensors(), self.step, self.plan.epochs))
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
             self.save_state(self.states.at_end())
-        self.save(lambda files: files.save_final(self.trained.tensors(), self.step, self.plan.epochs))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -318,6 +322,8 @@ class Trainer:
         if not due:
             self.save(lambda files: files.save_step(self.trained.tensors(), self.step, epoch))
         self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            raise SystemExit(128 + self.stop.number)
         raise Stopped(f"stopped after step {self.step}; go on with: {command_to_resume(state)}", 128 + self.stop.number)
 
     def save(self, write: Callable[[Checkpoints], object]) -> None:
@@ -385,6 +391,8 @@ class Trainer:
         self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
         self.states.written.update(name for name in progress.written if name.endswith("-state"))
         self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
+        if self.accelerator.is_main_process:
+            self.states.tidy()
         logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
 
     def generators(self) -> dict[str, torch.Generator]:
@@ -440,9 +448,10 @@ class Trainer:
 
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
-        if self.sampler and self.sampler.due(self.step, epoch):
-            with self.shown():
-                self.sampler.attempt(self.dit, self.module, self.step, epoch)
+        with only_here(self.shards if self.plan.samples else None, self.accelerator):
+            if self.sampler and self.sampler.due(self.step, epoch):
+                with self.shown():
+                    self.sampler.attempt(self.dit, self.module, self.step, epoch)
 
     def shown(self) -> contextlib.AbstractContextManager:
         """Return what makes the weights those that samples and validation see while it is entered."""

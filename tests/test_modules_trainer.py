@@ -269,10 +269,12 @@ def test_there_is_no_autocast_and_only_float16_gradients_are_scaled(trainer, mon
     assert run.accelerator.mixed_precision == "no" and run.accelerator.scaler is None
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_engines_that_shard_the_model_are_refused(trainer, monkeypatch, engine):
+@pytest.mark.parametrize("engine", ["MEGATRON_LM", "DEEPSPEED"])
+def test_engines_that_shard_what_is_trained_are_refused(trainer, monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(UserError, match=f"accelerate launch: {engine} is not available. Use --multi_gpu"):
+    with pytest.raises(
+        UserError, match=f"accelerate launch: {engine} is not available. Use --multi_gpu, or --use_fsdp"
+    ):
         trainer()
 
 
