@@ -58,7 +58,12 @@ class Plan:
     def steps(self) -> list[Step]:
         """Return what the steps of training compute, one for each size of batch, and those of samples."""
         trained = self.trained
-        how = (trained.numbers, trained.rank, self.options.precision.gradient_checkpointing, trained.scratch)
+        how = {
+            "trained": trained.numbers,
+            "rank": trained.rank,
+            "checkpointing": self.options.precision.gradient_checkpointing,
+            "scratch": trained.scratch,
+        }
         sizes = {
             (dict(item.shapes)["latents"][1:], config.batch_size)
             for config, items in zip(self.data.configs, self.data.items, strict=True)
@@ -68,7 +73,7 @@ class Plan:
             sizes |= {(dict(items[0].shapes)["latents"][1:], len(items)) for _, items in self.validation.batches}
         sampled = self.samples.samples if self.samples else ()
         samples = [step_of(each.request, self.config, SamplingOptions()) for each in sampled]
-        return [*(Step(grid, batch, 1, *how) for grid, batch in sizes), *samples]
+        return [*(Step(grid, batch, **how) for grid, batch in sizes), *samples]
 
 
 def check(options: TrainOptions, trained: Trained, seed: int, device: torch.device, processes: int = 1) -> Plan:
