@@ -1,6 +1,7 @@
 """Convert the key names of a LoRA file for other programs, or back.
 
 python convert_lora.py --input lora.safetensors --output lora_other.safetensors --target other
+python convert_lora.py --input lora.safetensors --output lora_diffusers.safetensors --target diffusers
 python convert_lora.py --input lora_other.safetensors --output lora.safetensors --target default
 """
 
@@ -8,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from networks.formats import detect_format, read_lora, to_default, to_other, with_hashes
+from networks.formats import detect_format, read_lora, to_default, to_diffusers, to_other, with_hashes
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
 from utils.options import option, parse_options
@@ -25,11 +26,14 @@ class ConversionOptions:
     output: Path | None = option(None, "LoRA file to write", required=True)
     target: str | None = option(
         None,
-        "other: dotted keys with lora_A and lora_B, for ComfyUI and diffusers; default: the keys that training writes",
-        choices=("other", "default"),
+        "other: dotted keys with lora_A and lora_B, for ComfyUI and diffusers' pipelines; diffusers: with layer names "
+        "of its DiT, for load_lora_adapter; default: the keys that training writes",
+        choices=("other", "diffusers", "default"),
         required=True,
     )
-    diffusers_prefix: str = option("diffusion_model", "first part of the keys with --target other, e.g. transformer")
+    diffusers_prefix: str | None = option(
+        None, "first part of the keys (default: diffusion_model with --target other, transformer with diffusers)"
+    )
 
 
 def main() -> None:
@@ -44,7 +48,9 @@ def main() -> None:
     if options.target == "default":
         converted = to_default(state_dict, name)
     else:
-        converted = to_other(state_dict, options.diffusers_prefix, name)
+        convert = {"other": to_other, "diffusers": to_diffusers}[options.target]
+        given = {} if options.diffusers_prefix is None else {"prefix": options.diffusers_prefix}
+        converted = convert(state_dict, name=name, **given)
     save_file_atomically(converted, options.output, with_hashes(converted, metadata))
     source = detect_format(list(state_dict))
     logger.info("%s: %d tensors, %s > %s", options.output, len(converted), source, options.target)

@@ -26,12 +26,16 @@ from wan.quantize import check_quantize
 
 logger = logging.getLogger(__name__)
 
+NETWORKS = ("networks.lora_wan", "networks.loha", "networks.lokr")
+
 
 @dataclass(frozen=True)
 class NetworkOptions:
     """the LoRA"""
 
-    network_module: str = option("networks.lora_wan", "module that makes the network")
+    network_module: str = option(
+        "networks.lora_wan", "module that makes the network: networks.lora_wan, networks.loha or networks.lokr"
+    )
     network_dim: int | None = option(None, "rank (default: 4)")
     network_alpha: float = option(1.0, "the LoRA counts alpha / rank times; 0 stands for the rank")
     network_dropout: float | None = option(None, "probability of dropping a rank activation")
@@ -67,7 +71,8 @@ class TrainedLora(Trained):
             model = WanModel(shape)
         torch.manual_seed(seed)
         self.network = make_network(self.options, model)
-        self.rank = max(branch.rank for _, branch in self.network.branches())
+        self.rank = max(branch.activations for _, branch in self.network.branches())
+        self.scratch = max(branch.scratch for _, branch in self.network.branches())
         self.numbers = sum(parameter.numel() for parameter in self.network.parameters())
         self.deltas = base_deltas(self.options, model)
         return mixed_precision, dtype
@@ -176,16 +181,21 @@ def base_deltas(options: NetworkOptions, model: WanModel) -> Deltas | None:
 
 def network_module(name: str) -> ModuleType:
     """Return the module that makes the network; musubi_tuner's names of our modules are understood."""
+    if name.partition(".")[0] == "lycoris":
+        raise UserError(
+            f"--network_module {name}: networks of the package lycoris-lora compute with the DiT's own weights in "
+            "every step, which are not there where layers are swapped, quantised or shared out",
+            "use networks.loha or networks.lokr, whose files have the form of theirs",
+        )
     ours = name.removeprefix("musubi_tuner.")
     try:
         module = importlib.import_module(ours)
     except ImportError as error:
-        known = ("networks.lora_wan",)
         raise UserError(
-            f"--network_module {name}: cannot be imported ({error})", suggest(ours, known) or f"use {known[0]}"
+            f"--network_module {name}: cannot be imported ({error})", suggest(ours, NETWORKS) or f"use {NETWORKS[0]}"
         ) from None
     if not hasattr(module, "create_network"):
-        raise UserError(f"--network_module {name}: is no network module", "use networks.lora_wan")
+        raise UserError(f"--network_module {name}: is no network module", f"use {', '.join(NETWORKS)}")
     return module
 
 

@@ -10,7 +10,7 @@ from dataset.cache import read_header
 from dataset.config import DatasetConfig, load_config
 from dataset.loader import CachedDataset, CachedItem
 from modules.cache_checks import check_fresh, check_one_frame
-from modules.checkpoints import check_saving
+from modules.checkpoints import SavingOptions, check_saving
 from modules.ema import check_ema
 from modules.flow_matching import check_sides, check_timesteps
 from modules.generation import step_of
@@ -60,11 +60,13 @@ class Plan:
 
     def steps(self) -> list[Step]:
         """Return what the steps of training compute, one for each size of batch, and those of samples."""
+        trained = self.trained
         how = {
             # At least 1: of a DiT that is trained itself the numbers are counted with its weights.
-            "trained": max(self.trained.numbers, 1),
-            "rank": self.trained.rank,
+            "trained": max(trained.numbers, 1),
+            "rank": trained.rank,
             "checkpointing": self.options.precision.gradient_checkpointing,
+            "scratch": trained.scratch,
         }
         sizes = {
             (dict(item.shapes)["latents"][1:], config.batch_size)
@@ -121,6 +123,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     if state:
         begun = position(state.progress, data, processes)
         total_steps, epochs = rest_of_run(options.training, batches, state, begun)
+        refuse_finished(options.saving, state, total_steps)
     optimizer = check_optimizer(options.optimizer, device, total_steps, trained.shapes)
     if state:
         check_fit(state, trained.expected_shapes(), optimizer)
@@ -215,12 +218,18 @@ def rest_of_run(training: TrainingOptions, batches: int, state: State, begun: in
     else:
         total = training.max_train_steps
         epochs = progress.epoch + math.ceil((total - progress.step + done) / rounds)
-    if total <= progress.step:
+    return total, epochs
+
+
+def refuse_finished(saving: SavingOptions, state: State, total_steps: int) -> None:
+    """Raise UserError where nothing is left to do, not even to write the file of a run that was killed just before."""
+    progress = state.progress
+    written = (saving.output_dir / f"{saving.output_name}.safetensors").exists()
+    if total_steps < progress.step or total_steps == progress.step and written:
         raise UserError(
             f"--resume {state.path}: is at the end already, after {progress.step} steps and {progress.epoch} epochs",
             "ask for more with --max_train_steps or --max_train_epochs",
         )
-    return total, epochs
 
 
 def _check_numbers(training: TrainingOptions) -> None:

@@ -14,6 +14,7 @@ stop, end   seconds of the run; of a stop its state, or the error
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -51,7 +52,8 @@ class RunLog:
         for path in (self.path, report_path(self.path)):
             if path.exists():
                 when = time.strftime("%Y%m%d%H%M%S", time.localtime(path.stat().st_mtime))
-                kept = path.with_name(f"{path.stem}_{when}{path.suffix}")
+                names = (f"{path.stem}_{when}{more or ''}{path.suffix}" for more in itertools.count(0, -1))
+                kept = next(place for place in map(path.with_name, names) if not place.exists())
                 os.replace(path, kept)
                 logger.info("%s of an earlier run is now %s", path.name, kept)
         self._open()

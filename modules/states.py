@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from dataset.loader import CachedDataset
 from modules.checkpoints import SavingOptions, ending, given_up, own
 from utils.errors import UserError
+from utils.files import remove_leftovers
 from utils.identity import file_hash
 from utils.options import option
 from utils.safetensors_io import open_tensors, save_file_atomically
@@ -37,7 +38,9 @@ from utils.safetensors_io import open_tensors, save_file_atomically
 logger = logging.getLogger(__name__)
 
 MODEL, RANDOM, PROGRESS, MANIFEST = "model.safetensors", "random.safetensors", "progress.json", "manifest.json"
-_ENDING = re.compile(r"(-\d{6}|-step\d{8}|)-state")
+_NAMES = r"(-\d{6}|-step\d{8}|)-state"
+_ENDING = re.compile(_NAMES)
+_BEGUN = rf"{_NAMES}\.[0-9a-f]{{8}}\.(tmp|old)"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,15 @@ class States:
         }.get(series, (None, None, None))
         last = other if last is None else last
         return own(self.path(series, given_up(series, number, every, last)), self.written) if every and last else None
+
+    def tidy(self) -> None:
+        """Delete what a run of this name that was killed had begun to write, or had replaced already."""
+        folder, begun = self.saving.output_dir, re.compile(rf"\.{re.escape(self.saving.output_name)}{_BEGUN}")
+        left = [path for path in sorted(folder.iterdir()) if path.is_dir() and begun.fullmatch(path.name)]
+        for path in left:
+            shutil.rmtree(path)
+        for path in (*left, *remove_leftovers(folder)):
+            logger.info("removed, left by a run that was killed: %s", path)
 
     def delete(self, path: Path) -> None:
         self.before_delete(path)

@@ -1,5 +1,6 @@
 """Ends of a run before its time: Ctrl-C and SIGTERM, after the step that is being computed."""
 
+import contextlib
 import logging
 import os
 import shlex
@@ -10,6 +11,12 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
+
+import psutil
+
+from modules.hub import HubOptions
+from modules.run_logs import LoggingOptions
+from utils.options import secrets_in, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +51,22 @@ class Stop:
 
 def command_to_resume(state: Path) -> str:
     """Return the command that goes on from a state, as one would type it."""
+    words = without_secrets(_typed(), secrets_in(HubOptions, LoggingOptions))
     # The state is here now, wherever the run itself went on from.
-    words = [word for word in sys.argv if not word.startswith("--resume=") and word != "--resume_from_huggingface"]
+    words = [word for word in words if not word.startswith("--resume=") and word != "--resume_from_huggingface"]
     if "--resume" in words:
         place = words.index("--resume")
         del words[place : place + 2]
-    command = ["python", *words, "--resume", str(state)]
+    command = [*words, "--resume", str(state)]
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
+def _typed() -> list[str]:
+    """Return the command that started the run: that of torchrun or accelerate, where one started this process."""
+    if "LOCAL_RANK" in os.environ:
+        with contextlib.suppress(psutil.Error):
+            python, *words = psutil.Process(os.getppid()).cmdline() or [""]
+            if words and sys.argv[0] in words:
+                launcher = Path(words[0]).name
+                return [launcher, *words[1:]] if launcher in ("torchrun", "accelerate") else ["python", *words]
+    return ["python", *sys.argv]

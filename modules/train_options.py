@@ -118,11 +118,14 @@ class TrainingCompileOptions(CompileOptions):
 
 
 @dataclass(frozen=True)
-class CudaOptions:
-    """CUDA"""
+class ProcessOptions:
+    """several GPUs, and how they compute"""
 
-    cuda_allow_tf32: bool = option(False, "let float32 matrices be multiplied in TF32: faster, less exact")
-    cuda_cudnn_benchmark: bool = option(False, "let cuDNN try its kernels for every new size, and keep the fastest")
+    ddp_timeout: int | None = option(None, "minutes that processes wait for each other (default: 360)")
+    ddp_gradient_as_bucket_view: bool = option(False, "accepted without effect")
+    ddp_static_graph: bool = option(False, "accepted without effect")
+    cuda_allow_tf32: bool = option(False, "round the factors of float32 products to TF32: faster, not as exact")
+    cuda_cudnn_benchmark: bool = option(False, "let cuDNN try which of its algorithms is the fastest")
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,6 @@ class TrainOptions:
     compiling: TrainingCompileOptions
     states: StateOptions
     hub: HubOptions
-    cuda: CudaOptions
+    processes: ProcessOptions
     show: ShowOptions
     unused: UnusedOptions

@@ -29,7 +29,8 @@ class Trained(ABC):
     hold: Callable[[WanModel, Sequence[int], int, Device], None] | None = None  # makes a DiT run with swapped blocks
     stowed: Collection[nn.Parameter] = ()  # those whose gradients leave the device during the backward pass
     beside = False  # a network beside the DiT, whose own weights stay as they are
-    rank = 0  # the highest of such a network
+    rank = 0  # the most activations of a token that a layer of such a network keeps
+    scratch = 0  # the most bytes that a layer of it takes while it computes
     numbers = 0  # how many it has
 
     @abstractmethod

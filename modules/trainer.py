@@ -9,13 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from dataset.loader import Batch, batches_of, make_loader
@@ -44,50 +43,37 @@ from modules.run_metadata import run_metadata
 from modules.run_summary import summary
 from modules.samples import Sampler
 from modules.settings import groups_of, hide_secrets
+from modules.several import join, load_shared, make_accelerator, only_here, sharding
 from modules.states import Progress, State, States, restore_optimizer, write_state
 from modules.stopping import Stop, command_to_resume
 from modules.timestep_bins import TimestepBins, in_words
 from modules.train_options import TrainOptions
 from modules.trained import Trained
 from modules.validation import Validator
-from utils.devices import default_device, dtype_name, parse_dtype
+from utils.devices import dtype_name, parse_dtype
 from utils.errors import Stopped, UserError
+from utils.processes import answered
 from wan.auto_swap import AutoSwap
 from wan.checkpointing import offloading, save_memory
 from wan.loading import load_dit
 from wan.model import WanModel
 from wan.pair import DitPair, each_model, load_pair
+from wan.shards import Shards
 
 logger = logging.getLogger(__name__)
 
 
+@answered(certainly=False)
 def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) -> "Trainer":
     """Check everything, load the DiT and return the run, on this process or on one of several that were launched."""
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise UserError(f"accelerate launch: {engine} is not available", "use --multi_gpu for several GPUs")
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
-    # The other processes wait for samples and files of the first one, which may take longer than the usual minutes.
-    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
-    if not state.is_main_process:
-        logging.disable(logging.WARNING)
-    if options.cuda.cuda_allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if options.cuda.cuda_cudnn_benchmark:
-        torch.backends.cudnn.benchmark = True
+    state = join(options.processes)
+    shared = sharding(options, trained, state.num_processes)
     groups = groups_of(options, trained.options, logs)
     hide_secrets(groups)
     tracking = plan_tracking(logs)
     plan = check(options, trained, _agreed_seed(options.training.seed), state.device, state.num_processes)
     lines = summary(plan, state.device)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-        # No autocast, the DiT does without; gradients of float16 are scaled, or the small ones would be lost.
-        mixed_precision="fp16" if plan.dtype == torch.float16 else "no",
-        log_with=list(tracking.names) or None,
-        project_dir=tracking.folder,
-    )
+    accelerator = make_accelerator(options.training.gradient_accumulation_steps, plan.dtype, state, tracking)
     start_tracking(accelerator, logs, tracking, groups)
     for line in (*plan.data.summary().lines(), *lines):
         logger.info("%s", line)
@@ -95,12 +81,12 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
     sampler = Sampler(plan.samples) if plan.samples and accelerator.is_main_process else None
     accelerator.wait_for_everyone()
 
-    def load(path: Path, option: str) -> WanModel:
+    def load(path: Path, option: str, device: torch.device | str = accelerator.device) -> WanModel:
         return load_dit(
             path,
             plan.config,
             plan.dtype,
-            accelerator.device,
+            device,
             deltas=trained.deltas,
             attn_mode=plan.attn_mode,
             split_attn=options.attention.split_attn,
@@ -117,6 +103,9 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
         )
 
     with memory_advised(plan):
+        if shared:
+            shards = load_shared(partial(load, options.dit.dit, "--dit"), shared, accelerator)
+            return Trainer(plan, shards.dit, accelerator, sampler, shards)
         dit = load_pair(load, options.dit.dit, options.pair, plan.config, accelerator.device, options.swap)
     return Trainer(plan, dit, accelerator, sampler)
 
@@ -124,9 +113,16 @@ def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) 
 class Trainer:
     """A run in progress: what is trained, by what, and how far it is."""
 
-    def __init__(self, plan: Plan, dit: WanModel | DitPair, accelerator: Accelerator, sampler: Sampler | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        dit: WanModel | DitPair,
+        accelerator: Accelerator,
+        sampler: Sampler | None = None,
+        shards: Shards | None = None,  # where the DiT is shared out
+    ):
         options, training = plan.options, plan.options.training
-        self.plan, self.accelerator, self.dit, self.sampler = plan, accelerator, dit, sampler
+        self.plan, self.accelerator, self.dit, self.sampler, self.shards = plan, accelerator, dit, sampler, shards
         precision = options.precision
         offloads = precision.gradient_checkpointing and precision.gradient_checkpointing_cpu_offload
         offload = offloading(accelerator.device) if offloads else None
@@ -193,6 +189,7 @@ class Trainer:
         if plan.state:
             self.restore(plan.state)
 
+    @answered(certainly=False)
     def run(self) -> None:
         """Train to the end and save the result."""
         try:
@@ -210,10 +207,12 @@ class Trainer:
                 self.validate(epoch=0)
                 self.sample(epoch=0)
             for epoch in range(self.epochs, self.plan.epochs):
-                self.epoch(epoch, progress)
+                if self.step < self.plan.total_steps:
+                    self.epoch(epoch, progress)
+        # The file before the state: a run that has the state of its end has all that it was to have.
+        self.save_file("end", 0, self.plan.epochs)
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
             self.save_state("end")
-        self.save_file("end", 0, self.plan.epochs)
         self.record.end("end", self.step)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -364,6 +363,8 @@ class Trainer:
             self.save_file("step", self.step, epoch)
         self.record.end("stop", self.step, state=state.name if saved else None)
         self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            raise SystemExit(128 + self.stop.number)
         how = f"go on with: {command_to_resume(state)}" if saved else "its state could not be saved"
         raise Stopped(f"stopped after step {self.step}; {how}", 128 + self.stop.number)
 
@@ -460,6 +461,8 @@ class Trainer:
         self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
         self.states.written.update(name for name in progress.written if name.endswith("-state"))
         self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
+        if self.accelerator.is_main_process:
+            self.states.tidy()
         logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
 
     def generators(self) -> dict[str, torch.Generator]:
@@ -516,14 +519,15 @@ class Trainer:
 
     def sample(self, epoch: int | None = None) -> None:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
-        if self.sampler and self.sampler.due(self.step, epoch):
-            with self.shown(), self.record.aside(SAMPLE):
-                began = time.monotonic()
-                files = self.sampler.attempt(self.dit, self.module, self.step, epoch)
-                if files:
-                    prompts = [request.prompt for request in self.sampler.requests]
-                    self.record.samples(self.step, epoch, files, prompts, began)
-                    track_samples(self.accelerator, files, prompts, self.step)
+        with only_here(self.shards if self.plan.samples else None, self.accelerator):
+            if self.sampler and self.sampler.due(self.step, epoch):
+                with self.shown(), self.record.aside(SAMPLE):
+                    began = time.monotonic()
+                    files = self.sampler.attempt(self.dit, self.module, self.step, epoch)
+                    if files:
+                        prompts = [request.prompt for request in self.sampler.requests]
+                        self.record.samples(self.step, epoch, files, prompts, began)
+                        track_samples(self.accelerator, files, prompts, self.step)
 
     def shown(self) -> contextlib.AbstractContextManager:
         """Return what makes the weights those that samples and validation see while it is entered."""

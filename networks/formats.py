@@ -2,7 +2,7 @@
 
 default    lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha: what training writes
 other      diffusion_model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight: alpha folded in
-diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight, ...: other layer names
+diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight, ...: other layer names, alpha folded in
 """
 
 import hashlib
@@ -53,6 +53,24 @@ _DIFFUSERS_NAMES = (
     (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
     (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
     (r"^proj_out$", "head.head"),
+)
+# Of linear layers alone: all that diffusers takes.
+_NAMES_IN_DIFFUSERS = (
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"(\.attn\d)\.([qkv])$", r"\1.to_\2"),
+    (r"(\.attn\d)\.o$", r"\1.to_out.0"),
+    (r"(\.attn\d)\.([kv])_img$", r"\1.add_\2_proj"),
+    (r"\.ffn\.0$", ".ffn.net.0.proj"),
+    (r"\.ffn\.2$", ".ffn.net.2"),
+    (r"^text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
+    (r"^text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
+    (r"^time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
+    (r"^time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
+    (r"^time_projection\.1$", "condition_embedder.time_proj"),
+    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
+    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
+    (r"^head\.head$", "proj_out"),
 )
 
 
@@ -130,7 +148,11 @@ def _unprefixed(key: str) -> str:
 
 
 def _official(path: str) -> str:
-    for pattern, name in _DIFFUSERS_NAMES:
+    return _renamed(path, _DIFFUSERS_NAMES)
+
+
+def _renamed(path: str, table: Sequence[tuple[str, str]]) -> str:
+    for pattern, name in table:
         path = re.sub(pattern, name, path)
     return path
 
@@ -169,6 +191,27 @@ def to_other(
             parts = _alpha_folded_in(parts, f"{name}: {path}")
         for part, tensor in parts.items():
             converted[f"{start}{path}.{_OTHER_PARTS.get(part, part)}"] = tensor
+    return converted
+
+
+def to_diffusers(
+    state_dict: Mapping[str, Tensor], prefix: str = "transformer", name: str = "LoRA"
+) -> dict[str, Tensor]:
+    """Return a LoRA of any format with the layer names of diffusers' WanTransformer3DModel, alpha folded in.
+
+    Raises UserError for what diffusers does not load: LoHa, LoKr, plain differences.
+    """
+    start = f"{prefix.rstrip('.')}." if prefix else ""
+    converted = {}
+    for path, parts in read_layers(state_dict, name).items():
+        if foreign := sorted(set(parts) - _OTHER_PARTS.keys() - {"alpha"}):
+            raise UserError(
+                f"{name}: {path}.{foreign[0]}: diffusers loads plain LoRAs alone",
+                "use --target other, or the file as it is",
+            )
+        layer = _renamed(path, _NAMES_IN_DIFFUSERS)
+        for part, tensor in _alpha_folded_in(parts, f"{name}: {path}").items():
+            converted[f"{start}{layer}.{_OTHER_PARTS[part]}"] = tensor
     return converted
 
 

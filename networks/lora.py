@@ -1,4 +1,4 @@
-"""The low-rank branch of a linear layer, and a network of them: attach, detach, state dict."""
+"""Branches of linear layers, the low-rank one above all, and a network of them: attach, detach, state dict."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -45,7 +45,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every linear layer inside the model's transformer blocks by its dotted path, in the model's order."""
     layers = {}
     for block_path, block in model.named_modules():
-        if type(block).__name__ == BLOCK_CLASS:
+        # Or of a class made of it, as those that share out their weights among processes are.
+        if any(kind.__name__ == BLOCK_CLASS for kind in type(block).__mro__):
             for path, layer in block.named_modules(prefix=block_path):
                 if isinstance(layer, nn.Linear):
                     layers[path] = layer
@@ -57,34 +58,109 @@ def targets_in(model: nn.Module) -> list[Target]:
     return [Target(path, layer.in_features, layer.out_features) for path, layer in linear_layers(model).items()]
 
 
-class LoRABranch(nn.Module):
-    """The low-rank update of one linear layer: x -> alpha / rank * up(down(x)).
+class Branch(nn.Module):
+    """What is trained beside one linear layer: x -> alpha / rank * update(x), the update being made of a few factors.
 
-    The weights are float32 (or what the caller makes them) and are cast to the input's dtype at use, so that the
-    branch needs no autocast.
+    The parameters are the factors, and have the names that files give them. They are float32 (or what the caller makes
+    them) and are cast to the input's dtype at use, so that a branch needs no autocast.
     """
+
+    kind = ""  # what messages call a network of such branches
+    parts: frozenset[str] = frozenset()  # what files may hold of a layer, besides alpha
+    at_zero: tuple[str, ...] = ()  # the factors that start at zero, so that a new branch changes nothing
+    arguments: tuple[str, ...] = ()  # of the network arguments, those that the constructor takes besides its own
 
     def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropouts: Dropouts | None = None):
         super().__init__()
-        self.rank, self.dropouts = rank, dropouts or Dropouts()
-        self.lora_down = nn.Linear(inputs, rank, bias=False)
-        self.lora_up = nn.Linear(rank, outputs, bias=False)
+        self.inputs, self.outputs, self.rank, self.dropouts = inputs, outputs, rank, dropouts or Dropouts()
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         # A python float: reading the buffer in every forward would wait for the GPU.
         self.scale = float(alpha) / rank
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_up.weight)
+
+    @property
+    def activations(self) -> int:
+        """How many numbers of a token the branch keeps for its backward pass, besides the layer's input."""
+        return 0
+
+    @property
+    def scratch(self) -> int:
+        """How many bytes the branch takes while it computes, whatever the number of tokens."""
+        return 0
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor], dropouts: Dropouts) -> "Branch":
+        """Return the branch of a layer in a file, with its weights; the parts are complete and fit each other."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def load(self, down: Tensor, up: Tensor, alpha: float) -> None:
-        """Take over trained weights of the same rank, and the alpha they were trained with."""
-        self.lora_down.weight.copy_(down)
-        self.lora_up.weight.copy_(up)
-        self.alpha.fill_(alpha)
+    def load(self, parts: Mapping[str, Tensor]) -> None:
+        """Take over trained weights of the same shapes, and the alpha they were trained with."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(parts[name])
+        alpha = alpha_of(parts, self.rank)
         self.scale = alpha / self.rank
+        self.alpha.fill_(alpha)
 
     def forward(self, x: Tensor, multiplier: float = 1.0) -> Tensor:
         """Return the update of x [... inputs] as [... outputs] in x's dtype, times the multiplier."""
+        raise NotImplementedError
+
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm of what the branch adds to the layer's weight, in float64."""
+        raise NotImplementedError
+
+    def skipped(self) -> bool:
+        """Return whether module dropout leaves the branch out of this forward pass."""
+        # torch's generator, which gradient checkpointing rewinds; Python's would differ in the recomputed pass.
+        p = self.dropouts.module
+        return bool(self.training and p and torch.rand(()).item() < p)
+
+    @torch.no_grad()
+    def shrink(self, ratio: float) -> None:
+        """Multiply the update by a ratio, which all factors share equally."""
+        factors = list(self.parameters())
+        for factor in factors:
+            factor *= ratio ** (1 / len(factors))
+
+
+def alpha_of(parts: Mapping[str, Tensor], rank: int) -> float:
+    """Return the alpha of a layer in a file: the rank, and so a strength of 1, where there is none."""
+    return float(parts["alpha"]) if "alpha" in parts else float(rank)
+
+
+def kept_ranks(rank: int, p: float, *shape: int, like: Tensor) -> Tensor:
+    """Return a mask [*shape rank] that is 0 with probability p and otherwise so large that its mean is 1."""
+    keep = 1 - p
+    return (torch.rand((*shape, rank), device=like.device) < keep).to(like.dtype) / keep
+
+
+class LoRABranch(Branch):
+    """The low-rank update of one linear layer: x -> alpha / rank * up(down(x))."""
+
+    kind = "LoRA"
+    parts = frozenset({"lora_down.weight", "lora_up.weight"})
+    at_zero = ("lora_up.weight",)
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropouts: Dropouts | None = None):
+        super().__init__(inputs, outputs, rank, alpha, dropouts)
+        self.lora_down = nn.Linear(inputs, rank, bias=False)
+        self.lora_up = nn.Linear(rank, outputs, bias=False)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+
+    @property
+    def activations(self) -> int:
+        return self.rank
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor], dropouts: Dropouts) -> "LoRABranch":
+        down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+        rank = down.shape[0]
+        branch = cls(down.shape[1], up.shape[0], rank, alpha_of(parts, rank), dropouts)
+        branch.load(parts)
+        return branch
+
+    def forward(self, x: Tensor, multiplier: float = 1.0) -> Tensor:
         hidden = F.linear(x, self.lora_down.weight.to(x.dtype))
         if self.training:
             hidden = self._dropped(hidden)
@@ -96,20 +172,13 @@ class LoRABranch(nn.Module):
         if self.dropouts.neuron:
             hidden = F.dropout(hidden, self.dropouts.neuron)
         if self.dropouts.rank:
-            keep = 1 - self.dropouts.rank
-            shape = (hidden.shape[0],) + (1,) * (hidden.ndim - 2) + (self.rank,)
-            hidden = hidden * (torch.rand(shape, device=hidden.device) < keep).to(hidden.dtype) / keep
+            ones = (1,) * (hidden.ndim - 2)
+            hidden = hidden * kept_ranks(self.rank, self.dropouts.rank, hidden.shape[0], *ones, like=hidden)
         return hidden
-
-    def skipped(self) -> bool:
-        """Return whether module dropout leaves the branch out of this forward pass."""
-        # torch's generator, which gradient checkpointing rewinds; Python's would differ in the recomputed pass.
-        p = self.dropouts.module
-        return bool(self.training and p and torch.rand(()).item() < p)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of alpha / rank * up @ down without forming the product."""
+        # Without forming the product.
         down, up = self.lora_down.weight.double(), self.lora_up.weight.double()
         return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
 
@@ -117,12 +186,10 @@ class LoRABranch(nn.Module):
 class LoRANetwork(nn.Module):
     """Branches by LoRA name; the state dict is what LoRA files hold.
 
-    Its keys are `<name>.lora_down.weight`, `<name>.lora_up.weight` and `<name>.alpha`.
+    Its keys are `<name>.alpha` and, of a LoRA, `<name>.lora_down.weight` and `<name>.lora_up.weight`.
     """
 
-    def __init__(
-        self, branches: Mapping[str, LoRABranch], multiplier: float = 1.0, loraplus_ratio: float | None = None
-    ):
+    def __init__(self, branches: Mapping[str, Branch], multiplier: float = 1.0, loraplus_ratio: float | None = None):
         super().__init__()
         self.multiplier, self.loraplus_ratio = multiplier, loraplus_ratio
         for name, branch in branches.items():
@@ -136,7 +203,7 @@ class LoRANetwork(nn.Module):
         """LoRA names of the adapted layers, in the model's order."""
         return list(self._modules)
 
-    def branches(self) -> Iterable[tuple[str, LoRABranch]]:
+    def branches(self) -> Iterable[tuple[str, Branch]]:
         return self._modules.items()
 
     def attach(self, model: nn.Module) -> None:
@@ -167,7 +234,7 @@ class LoRANetwork(nn.Module):
                 "use the LoRA with the task and model size it was trained for",
             )
         for name, branch in self.branches():
-            have = (branch.lora_down.in_features, branch.lora_up.out_features)
+            have = (branch.inputs, branch.outputs)
             if have != sizes[name]:
                 raise UserError(
                     f"LoRA for another model: {name} maps {have[0]} to {have[1]} channels, the model's layer"
@@ -179,11 +246,13 @@ class LoRANetwork(nn.Module):
         """Return the optimizer's parameter groups, each with the name under which its learning rate is logged."""
         if not self.loraplus_ratio:
             return [{"params": list(self.parameters()), "lr": learning_rate, "name": "unet"}]
-        downs = [branch.lora_down.weight for _, branch in self.branches()]
-        ups = [branch.lora_up.weight for _, branch in self.branches()]
+        slow, fast = [], []
+        for _, branch in self.branches():
+            for name, parameter in branch.named_parameters():
+                (fast if name in branch.at_zero else slow).append(parameter)
         return [
-            {"params": downs, "lr": learning_rate, "name": "unet"},
-            {"params": ups, "lr": learning_rate * self.loraplus_ratio, "name": "unet plus"},
+            {"params": slow, "lr": learning_rate, "name": "unet"},
+            {"params": fast, "lr": learning_rate * self.loraplus_ratio, "name": "unet plus"},
         ]
 
     @torch.no_grad()
@@ -191,10 +260,9 @@ class LoRANetwork(nn.Module):
         """Shrink updates whose Frobenius norm exceeds `limit`; return (how many, mean norm, largest norm) after it."""
         norms = torch.stack([branch.norm() for _, branch in self.branches()])
         ratios = (limit / norms.clamp(min=1e-12)).clamp(max=1.0)
-        for (_, branch), ratio in zip(self.branches(), ratios.sqrt().tolist(), strict=True):
+        for (_, branch), ratio in zip(self.branches(), ratios.tolist(), strict=True):
             if ratio < 1:
-                branch.lora_down.weight *= ratio
-                branch.lora_up.weight *= ratio
+                branch.shrink(ratio)
         norms = norms * ratios
         return int((ratios < 1).sum()), norms.mean().item(), norms.max().item()
 
@@ -205,7 +273,7 @@ class _Adapted:
     A bound method, because torch.compile then makes the same code serve the layers of all blocks; not so a partial.
     """
 
-    def __init__(self, network: LoRANetwork, branch: LoRABranch, original: Callable[[Tensor], Tensor]):
+    def __init__(self, network: LoRANetwork, branch: Branch, original: Callable[[Tensor], Tensor]):
         self.network, self.branch, self.original = network, branch, original
 
     def forward(self, x: Tensor) -> Tensor:

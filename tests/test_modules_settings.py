@@ -46,4 +46,6 @@ def test_secrets_leave_the_words_of_the_process_and_the_command_to_resume(monkey
     hide_secrets([GIVEN])
     assert sys.argv == ["train.py", "--rate", "2", "--dit"]
     assert "T0P" not in command_to_resume(Path("s")) + json.dumps(told([GIVEN])) + caplog.text
+    monkeypatch.setattr("modules.stopping._typed", lambda: ["torchrun", "t.py", "--huggingface_token", "T0P"])
+    assert command_to_resume(Path("s")).split() == ["torchrun", "t.py", "--resume", "s"]  # of the launcher's words
     assert "--token: all users of this machine can read command lines" in caplog.text

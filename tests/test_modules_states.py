@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from modules.states import Progress, find_state, states_of, why_broken, write_state
 from tests.conftest import ROOT
+from tests.forked import needs_fork
+from tests.killed_training import kill_at_random
 from tests.test_modules_trainer import trainer  # noqa: F401
 from utils.errors import UserError
 
@@ -136,6 +138,19 @@ def test_a_state_appears_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
+def test_what_a_killed_run_had_begun_goes_when_it_goes_on_and_nothing_else(trainer, tmp_path):  # noqa: F811
+    run = trainer(f"{HOW} --max_train_steps 2 --save_state_on_train_end")
+    run.run()
+    folder = run.plan.options.saving.output_dir
+    begun = [".name-state.0123abcd.tmp", ".name-step00000003-state.0123abcd.old", ".name.0123abcd.unfinished"]
+    others = [".name-of-another-state.0123abcd.tmp", ".name-state.0123abcd", "name-step00000001-state", ".mine"]
+    for name in (*begun, *others):
+        (folder / name).touch() if name.endswith("unfinished") else (folder / name).mkdir()
+    trainer(f"{HOW} --max_train_steps 4 --resume {folder / 'name-state'} --output_dir {folder}")
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(("name_log", "name_report"))}
+    assert there == {*others, "name-state", "name.safetensors"}
+
+
 # --------------------------------------------------------------------------------------------------- other states
 def test_a_state_of_another_program_gives_weights_optimizer_and_schedule(trainer, caplog):  # noqa: F811
     run = trainer(f"{HOW} --max_train_steps 4 --save_state_on_train_end")
@@ -153,11 +168,31 @@ def test_a_state_of_another_program_gives_weights_optimizer_and_schedule(trainer
     assert resumed.step == 6
 
 
+def test_a_run_that_was_killed_before_its_last_file_has_only_that_to_write(trainer):  # noqa: F811
+    options = f"{HOW} --max_train_steps 4 --save_every_n_steps 2 --save_state"
+    run = trainer(options)
+    run.run()
+    state = run.plan.options.saving.output_dir / "name-step00000004-state"
+    resumed = trainer(f"{options} --resume {state}")
+    resumed.run()
+    assert same(result(resumed), result(run)) and resumed.step == 4
+    assert {path.name for path in resumed.plan.options.saving.output_dir.iterdir()} == {
+        "name.safetensors",
+        "name-state",
+        "name_log.jsonl",
+        "name_report.html",
+    }
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
         (
-            "--max_train_steps 4",
+            "--max_train_steps 3",
+            "is at the end already, after 4 steps and 0 epochs. Ask for more with --max_train_steps",
+        ),
+        (
+            "--max_train_steps 4 --output_dir FOLDER",
             "is at the end already, after 4 steps and 0 epochs. Ask for more with --max_train_steps",
         ),
         ("--max_train_steps 9 --network_dim 8", "here (8, "),
@@ -170,7 +205,7 @@ def test_a_state_that_does_not_fit_is_refused(trainer, more, line):  # noqa: F81
     run.run()
     state = run.plan.options.saving.output_dir / "name-state"
     with pytest.raises(UserError) as error:
-        trainer(f"{HOW} {more} --resume {state}")
+        trainer(f"{HOW} {more.replace('FOLDER', str(state.parent))} --resume {state}")
     assert line in str(error.value)
 
 
@@ -234,6 +269,12 @@ def test_steps_without_a_finite_loss_are_left_out_and_too_many_end_the_run(train
 
 
 # ------------------------------------------------------------------------------------------------- real processes
+@needs_fork
+def test_after_random_kills_all_is_whole_and_the_resumed_run_is_the_one_never_stopped(models, dataset, tmp_path):
+    found = kill_at_random(tmp_path, models["dit_t2v"], dataset, steps=18, kills=4, seed=1)
+    assert found.kills == 4 and found.resumed >= 2 and found.checked >= 10
+
+
 CLI = (
     "--max_data_loader_n_workers 0 --output_name name --timestep_sampling shift --seed 3 --network_dim 4"
     f" {HOW} --max_train_steps 12 --save_every_n_steps 3 --save_state"

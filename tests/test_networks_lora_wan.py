@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from networks.lora_wan import create_network, create_network_from_weights, load_weights, parse_network_args
+from networks.create import parse_network_args
+from networks.lora_wan import create_network, create_network_from_weights, load_weights
 from utils.errors import UserError
 from wan.loading import build_dit
 

@@ -154,18 +154,26 @@ def joined() -> Iterator[Processes]:
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
-    """Make the failure of an exchange, which is that of another process, an error in one line."""
+def answered(certainly: bool = True) -> Iterator[None]:
+    """Make the failure of an exchange, which is that of another process, an error in one line.
+
+    certainly: what happens here is an exchange; otherwise it is told by the error whether it was one.
+    """
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ == "OutOfMemoryError" or not (certainly or _is_of_exchange(error)):
             raise
         what = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise UserError(
             f"another process of this run has ended or does not answer ({what})",
             "the report of torchrun says which; one that got signal 9 may have run out of main memory",
         ) from error
+
+
+def _is_of_exchange(error: RuntimeError) -> bool:
+    words = ("gloo", "connection closed by peer", "connection reset by peer", "timed out waiting")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 class _Ended(Exception):

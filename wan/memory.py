@@ -43,6 +43,7 @@ class Step:
     trained: int = 0  # numbers of a LoRA on all linear layers of the blocks, to which a backward pass leads
     rank: int = 0  # of that LoRA
     checkpointing: bool = False
+    scratch: int = 0  # bytes that a layer of the LoRA takes while it computes
 
 
 def step_bytes(shape: WanShape, step: Step, dtype: torch.dtype, quantized: bool = False, waiting: int = 0) -> int:
@@ -67,7 +68,8 @@ def step_bytes(shape: WanShape, step: Step, dtype: torch.dtype, quantized: bool 
         saved = values(SAVED, SAVED_HIDDEN) + values(SAVED_OF_CONTEXT, rows=step.batch * context_rows(shape))
         saved += 2 * ADAPTED_LAYERS * step.rank * tokens * half
         kept = shape.blocks * residual + saved if step.checkpointing else shape.blocks * saved
-        peak = kept + max(values(BACKWARD, MLP_HIDDEN), forward - saved) + dequantized + OPTIMIZED * step.trained
+        peak = kept + max(values(BACKWARD, MLP_HIDDEN), forward - saved) + dequantized + step.scratch
+        peak += OPTIMIZED * step.trained
     else:
         peak = lean + dequantized
     time = 6 * shape.dim * (shape.dim + step.batch) * FLOAT32  # weights that make modulation of it, before the blocks

@@ -33,6 +33,7 @@ from wan.clip import load_clip
 from wan.vae import load_vae
 
 ATTRIBUTES = ("color", "shape", "motion", "background")
+ZORB = {"shape": "star", "motion": "spins", "striped": True, "background": "black"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class ScoreOptions:
     prompts: int = option(50, "prompts for the text-to-video DiT; 0: leave it out")
     image_prompts: int = option(50, "prompts with a start image for the image-to-video DiT; 0: leave it out")
     lora: Path | None = option(None, "the LoRA that taught a striped, spinning star called zorb")
-    concept: int = option(10, "videos of a zorb, made without and with --lora")
+    image_lora: Path | None = option(None, "the LoRA of the image-to-video DiT that taught it")
+    concept: int = option(10, "videos of a zorb, made without and with the LoRA")
     lora_prompts: int = option(20, "prompts without the word, made with --lora; 0: leave it out")
     steps: int = option(20, "denoising steps")
     guidance_scale: float = option(4.0, "weight of the prompt")
@@ -123,14 +125,22 @@ def score_image_prompts(options: ScoreOptions) -> None:
     print(f"PSNR of the first frame to the image {first:.1f} dB, of all frames to the drawn clip {whole:.1f} dB")
 
 
-def score_concept(options: ScoreOptions) -> None:
-    """Print in how many videos of a zorb a striped, spinning star is seen, without the LoRA and with it."""
+def score_concept(options: ScoreOptions, lora: Path, from_images: bool = False) -> None:
+    """Print in how many videos of a zorb a striped, spinning star is seen, without the LoRA and with it.
+
+    from_images: they go on from a picture of one.
+    """
     rng = random.Random(options.seed)
-    prompts = [f"a {rng.choice(list(COLORS))} zorb spins on a black background" for _ in range(options.concept)]
-    for name, lora in (("without", None), ("with", options.lora)):
-        sights = [look(clip) for clip in generate(prompts, options, f"zorb_{name}_lora", lora)]
+    colors = [rng.choice(list(COLORS)) for _ in range(options.concept)]
+    prompts = [f"a {color} zorb spins on a black background" for color in colors]
+    images = [draw(Scene(color, **ZORB))[0] for color in colors] if from_images else []
+    kind = "i2v DiT" if from_images else "t2v DiT"
+    for name, used in (("without", None), ("with", lora)):
+        folder = f"zorb_{'from_images_' * from_images}{name}_lora"
+        sights = [look(clip) for clip in generate(prompts, options, folder, used, images)]
         seen = sum((sight.shape, sight.motion, sight.striped) == ("star", "spins", True) for sight in sights)
-        print(f"{name} the LoRA: the concept is seen in {seen} of {len(sights)} videos")
+        parts = ", ".join(f"{part} {sum(getattr(sight, part) == ZORB[part] for sight in sights)}" for part in ZORB)
+        print(f"{kind} {name} the LoRA: the concept is seen in {seen} of {len(sights)} videos ({parts})")
 
 
 def print_agreement(name: str, scenes: list[Scene], sights: list[Sight], attributes: tuple[str, ...]) -> None:
@@ -197,7 +207,9 @@ def main() -> None:
     if options.image_prompts:
         score_image_prompts(options)
     if options.lora:
-        score_concept(options)
+        score_concept(options, options.lora)
+    if options.image_lora:
+        score_concept(options, options.image_lora, from_images=True)
     if options.lora and options.lora_prompts:
         score_prompts(options, options.lora_prompts, options.lora)
 
