@@ -80,7 +80,7 @@ def make(case: Case, folder: Path, processes: Processes) -> list[Tensor]:
         RunOptions(device="cpu", **case.run),
         SwapOptions(**case.swap),
         CompileOptions(**case.compiling),
-        StepCacheOptions(**case.step_cache),
+        step_cache=StepCacheOptions(**case.step_cache),
     )
     settings = {"width": 96, "height": 64, "frames": 5, "steps": 2, "flow_shift": 5.0, "guidance_scale": 5.0, "seed": 7}
     settings |= {"image": folder / "start.png" if config.images else None} | case.asked
