@@ -85,8 +85,8 @@ def test_four_processes_that_torchrun_starts_make_what_one_makes(alone, run_cli)
     result = run_cli("-m", *launch.split(), folder)
     assert result.returncode == 0, result.stderr
     assert "4 processes: two predictions at a time, each on 2, and one that is alone on 4" in result.stderr
-    bars, noise = result.stderr.count("denoising:   0%"), "\n["
-    assert bars == len(CASES) and noise not in result.stderr
+    bars = result.stderr.count("denoising:   0%")  # of the first process alone; shown anew around a line of the log
+    assert len(CASES) <= bars < 2 * len(CASES) and "\n[" not in result.stderr
     assert_same(folder, 4, latents)
 
 
