@@ -1,9 +1,12 @@
 """convert_lora.py as a user runs it."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+import convert_lora
 from networks.formats import with_hashes
+from utils.errors import UserError
 from utils.safetensors_io import read_metadata
 
 
@@ -27,11 +30,24 @@ def test_wrong_files_end_in_one_line(run_cli, golden, tmp_path):
     result = run_cli("convert_lora.py", "--input", golden / "vae.safetensors", "--output", output, "--target", "other")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "vae.safetensors: not a LoRA" in result.stderr and not output.exists()
-    result = run_cli("convert_lora.py", "--input", tmp_path / "no.safetensors", "--output", output, "--target", "other")
-    assert result.returncode == 2 and "no such file" in result.stderr
-    result = run_cli("convert_lora.py", "--input", "a.safetensors", "--output", output, "--target", "othr")
-    assert result.returncode == 2 and "Did you mean 'other'?" in result.stderr
-    for wrong, line in ((tmp_path, "not a .safetensors file"), (tmp_path / "d.safetensors", "is a folder, not a file")):
-        wrong.mkdir(exist_ok=True)
-        result = run_cli("convert_lora.py", "--input", "a.safetensors", "--output", wrong, "--target", "other")
-        assert result.returncode == 2 and line in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"input": "no.safetensors"}, "no such file"),
+        ({"target": "othr"}, "did you mean 'other'?"),
+        ({"output": "folder"}, "not a .safetensors file"),
+        ({"output": "folder.safetensors"}, "is a folder, not a file"),
+    ],
+)
+def test_wrong_options_are_named(golden, tmp_path, monkeypatch, given, line):
+    for name in ("folder", "folder.safetensors"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {"input": golden / "lora_t2v_upstream.safetensors", "output": "a.safetensors", "target": "other", **given}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr("sys.argv", ["convert_lora.py", *words])
+    with pytest.raises(UserError) as caught:
+        convert_lora.main()
+    assert line in str(caught.value) or line in caught.value.fix
