@@ -385,7 +385,7 @@ def denoise_all(
     )
     silent = not processes.is_first
     with (
-        tqdm(total=approximation.runs * steps, desc="denoising", unit="step", disable=silent) as progress,
+        tqdm(total=steps, desc="denoising", unit="step", disable=silent) as progress,
         contextlib.nullcontext() if silent else kept_on_failure(latents, results),
         contextlib.ExitStack() as watching,
     ):
@@ -428,8 +428,6 @@ def denoise_all(
                 for path in filter(None, (result.files.latent, result.waiting)):
                     save_latent(path, latent, result.metadata)
             latents.append(latent)
-            unwatched = partial(run, lambda step, x, clean: progress.update())
-            approximation.compare(request, latent, unwatched, partial(wanted_frames, request))
     approximation.write_curve(requests, sampling.sample_solver)
     return latents
 
