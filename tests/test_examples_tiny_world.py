@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset.config import load_config
 from dataset.items import find_sources
-from examples.tiny_world import moments
+from examples.tiny_world import moments, paths
 from examples.tiny_world.contact_sheet import moving, sheet
 from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, draw, random_scene
 from wan.configs import TASKS
@@ -116,3 +116,21 @@ def test_moments_are_first_and_last_pictures_with_the_middle_between_them(tmp_pa
     assert np.abs(first - last).max() > 50 and np.abs(picture - first).max() > 50
     shape = check_dit(tmp_path / "dit_flf2v.safetensors", TASKS["flf2v-14B"])
     assert shape.image_tokens == 130 and shape.dim == 128
+
+
+def test_control_videos_show_the_path_of_the_shape_and_not_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["paths", "--folder", str(tmp_path), "--clips", "2", "--test", "1"])
+    paths.main()
+    sources = find_sources(load_config(tmp_path / "dataset.toml")[0])
+    assert [len(source.controls) for source in sources] == [1, 1]
+    assert not [motion for motion in MOTIONS for source in sources if motion in source.caption]
+    shape = check_dit(tmp_path / "dit_control.safetensors", TASKS["t2v-1.3B-FC"])
+    assert shape.in_channels == 48 and shape.dim == 128
+
+    motion = paths.random_path(random.Random(1))
+    one, other = (replace(SCENE, color=color, shape=shape) for color, shape in (("red", "square"), ("blue", "cross")))
+    control = paths.draw_control(one, motion)
+    assert np.array_equal(control, paths.draw_control(other, motion))
+    shown = centers(inside(draw(one, motion=motion), one))
+    assert np.abs(shown - centers(control[..., 0] > 128)).max() < 0.6
+    assert np.linalg.norm(shown[-1] - shown[0]) > 8

@@ -42,11 +42,13 @@ class I2vTrainingOptions:
     processes: int = option(2, "processes of one thread each")
 
 
-def with_eyes(t2v: Mapping[str, Tensor], clip_dim: int, left_out: int | None, seed: int) -> dict[str, Tensor]:
+def with_eyes(
+    t2v: Mapping[str, Tensor], clip_dim: int, left_out: int | None, seed: int, channels: int = CONDITION_CHANNELS
+) -> dict[str, Tensor]:
     """Return an image-to-video DiT that makes of a prompt what the text-to-video DiT makes, until it is trained.
 
     What it gets to see beside the noise has weights of 0, and so has what it does with CLIP features [257 clip_dim].
-    left_out: a block to leave out, which does change what it makes.
+    left_out: a block to leave out, which does change what it makes. channels: of what it sees beside the noise.
     """
     weights = {}
     for name, weight in t2v.items():
@@ -58,7 +60,7 @@ def with_eyes(t2v: Mapping[str, Tensor], clip_dim: int, left_out: int | None, se
             name = f"blocks.{int(number) - (left_out is not None and int(number) > left_out)}.{rest}"
         weights[name] = weight.float()
     patches = weights["patch_embedding.weight"]
-    unseen = patches.new_zeros(len(patches), CONDITION_CHANNELS, *patches.shape[2:])
+    unseen = patches.new_zeros(len(patches), channels, *patches.shape[2:])
     weights["patch_embedding.weight"] = torch.cat([patches, unseen], dim=1)
     generator = torch.Generator().manual_seed(seed)
     dim = len(patches)

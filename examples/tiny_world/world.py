@@ -33,7 +33,8 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 # Each maps time 0..1 to (shift x, shift y, turn in radians, scale); shifts from -1 to 1 in the room around the shape.
-MOTIONS: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
+Motion = Callable[[float], tuple[float, float, float, float]]
+MOTIONS: dict[str, Motion] = {
     "moves right": lambda t: (2 * t - 1, 0, 0, 1),
     "moves left": lambda t: (1 - 2 * t, 0, 0, 1),
     "moves down": lambda t: (0, 2 * t - 1, 0, 1),
@@ -116,17 +117,21 @@ def random_scene(rng: random.Random) -> Scene:
     )
 
 
-def draw(scene: Scene, frames: int = 17, size: int = 64) -> np.ndarray:
-    """Return the clip as uint8 [frames size size 3], drawn at four times the size and averaged down."""
-    return np.stack([_draw_frame(scene, i / max(frames - 1, 1), size) for i in range(frames)])
+def draw(scene: Scene, frames: int = 17, size: int = 64, motion: Motion | None = None) -> np.ndarray:
+    """Return the clip as uint8 [frames size size 3], drawn at four times the size and averaged down.
+
+    motion: what the shape does, in place of what its caption says.
+    """
+    motion = motion or MOTIONS[scene.motion]
+    return np.stack([_draw_frame(scene, motion, i / max(frames - 1, 1), size) for i in range(frames)])
 
 
-def _draw_frame(scene: Scene, time: float, size: int, oversampling: int = 4) -> np.ndarray:
-    shift_x, shift_y, turn, scale = MOTIONS[scene.motion](time)
+def _draw_frame(scene: Scene, motion: Motion, time: float, size: int, oversampling: int = 4) -> np.ndarray:
+    shift_x, shift_y, turn, scale = motion(time)
     radius = 2 * scene.radius * scale
     room = max(1 - radius, 0)
     # What moves along one axis has a fixed place on the other.
-    moves_sideways = MOTIONS[scene.motion](0)[0] != 0
+    moves_sideways = motion(0)[0] != 0
     place_x, place_y = (0, scene.place) if moves_sideways else (scene.place, 0)
     center_x, center_y = room * (shift_x + place_x), room * (shift_y + place_y)
     picture = np.empty((size, size, 3), np.float32)
