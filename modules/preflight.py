@@ -24,6 +24,7 @@ from modules.train_options import AttentionOptions, PrecisionOptions, TrainingOp
 from modules.trained import Trained
 from modules.validation import ValidationPlan, check_validation, plan_validation
 from utils.errors import UserError
+from utils.safetensors_io import read_metadata
 from wan.attention import check_attention
 from wan.block_swap import check_swap
 from wan.compiling import CompileOptions, check_compile
@@ -123,7 +124,7 @@ def check(options: TrainOptions, trained: Trained, seed: int, device: torch.devi
     if state:
         begun = position(state.progress, data, processes)
         total_steps, epochs = rest_of_run(options.training, batches, state, begun)
-        refuse_finished(options.saving, state, total_steps)
+        refuse_finished(options.saving, state, total_steps, options.ema.ema_decay is not None)
     optimizer = check_optimizer(options.optimizer, device, total_steps, trained.shapes)
     if state:
         check_fit(state, trained.expected_shapes(), optimizer)
@@ -221,10 +222,14 @@ def rest_of_run(training: TrainingOptions, batches: int, state: State, begun: in
     return total, epochs
 
 
-def refuse_finished(saving: SavingOptions, state: State, total_steps: int) -> None:
-    """Raise UserError where nothing is left to do, not even to write the file of a run that was killed just before."""
-    progress = state.progress
-    written = (saving.output_dir / f"{saving.output_name}.safetensors").exists()
+def refuse_finished(saving: SavingOptions, state: State, total_steps: int, averaged: bool = False) -> None:
+    """Raise UserError where nothing is left to do, not even to write the files of a run that was killed just before.
+
+    averaged: the average of what is trained is one of them. A file of fewer steps is that of a shorter run before.
+    """
+    progress, step = state.progress, str(state.progress.step)
+    files = [saving.output_dir / f"{saving.output_name}{end}.safetensors" for end in ("", "_ema")[: 1 + averaged]]
+    written = all(path.exists() and read_metadata(path).get("ss_steps", step) == step for path in files)
     if total_steps < progress.step or total_steps == progress.step and written:
         raise UserError(
             f"--resume {state.path}: is at the end already, after {progress.step} steps and {progress.epoch} epochs",

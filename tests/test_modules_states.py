@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,20 @@ def test_a_run_that_was_killed_before_its_last_file_has_only_that_to_write(train
         "name_log.jsonl",
         "name_report.html",
     }
+
+
+def test_the_last_file_of_a_shorter_run_or_without_its_average_is_no_end(trainer):  # noqa: F811
+    options = f"{HOW} --save_every_n_steps 2 --save_state --ema_decay 0.9 --max_train_steps"
+    run = trainer(f"{options} 4")
+    run.run()
+    folder = run.plan.options.saving.output_dir
+    last = {name: load_file(folder / f"{name}.safetensors") for name in ("name", "name_ema")}
+    for name in last:  # killed before it was written
+        (folder / f"{name}.safetensors").unlink()
+        if name == "name":
+            shutil.copy(folder / "name-step00000002.safetensors", folder / "name.safetensors")
+        trainer(f"{options} 4 --resume {folder / 'name-step00000004-state'} --output_dir {folder}").run()
+        assert all(same(load_file(folder / f"{each}.safetensors"), tensors) for each, tensors in last.items())
 
 
 @pytest.mark.parametrize(
