@@ -228,11 +228,13 @@ class Trainer:
                 loss = self.gradients(batch)
                 norms = self.optimizer_step() if self.accelerator.sync_gradients else {}
             self.batches += 1
-            self.epoch_losses.append(loss.item())
-            self.bins.add(*self.errors)
-            self.losses.append(self.epoch_losses[-1])
-            average = sum(self.losses) / len(self.losses)
-            losses.append(self.losses[-1])
+            losses.append(loss.item())
+            if math.isfinite(losses[-1]):  # or the means would be of no use for a whole epoch
+                self.epoch_losses.append(losses[-1])
+                self.bins.add(*self.errors)
+                self.losses.append(losses[-1])
+            average = sum(self.losses) / len(self.losses) if self.losses else math.nan
+            last = losses[-1]
             examples += len(batch) * self.accelerator.num_processes
             progress.set_postfix(avr_loss=average, **norms)
             if self.accelerator.sync_gradients:
@@ -245,7 +247,7 @@ class Trainer:
                 )
                 losses, examples, self.norms = [], 0, []
                 self.after_step(epoch)
-            self.log({"loss/current": self.losses[-1], "loss/average": average, **self.rates(), **norms}, self.step)
+            self.log({"loss/current": last, "loss/average": average, **self.rates(), **norms}, self.step)
             if self.accelerator.sync_gradients:
                 self.leave_if_told(epoch)
             if self.step >= self.plan.total_steps:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modules.run_log import read_log
 from modules.states import Progress, find_state, states_of, why_broken, write_state
 from tests.conftest import ROOT
 from tests.forked import needs_fork
@@ -274,6 +275,11 @@ def test_steps_without_a_finite_loss_are_left_out_and_too_many_end_the_run(train
     run.run()
     assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
     assert "step 2 is left out: its loss is no finite number (1 in a row)" in caplog.text
+    noted = list(read_log(run.record.log.path))
+    assert [line["loss"] is None for line in noted if line["kind"] == "step"] == [False, True, False, False]
+    assert all(line["average"] for line in noted if line["kind"] == "step"), "one bad loss spoils no average"
+    (epoch,) = (line for line in noted if line["kind"] == "epoch")
+    assert None not in epoch.values()
     run = losing(trainer(f"{HOW} --max_train_steps 9 --max_nan_steps 3"), {2, 4, 5, 6})
     with pytest.raises(
         UserError, match="was no finite number in 3 steps in a row, from step 5 on; the state is"
