@@ -454,6 +454,8 @@ class Trainer:
             self.ema.load_state_dict(average)
         elif self.ema:
             logger.warning("--resume %s: holds no average of the weights, which begins anew", state.path)
+        elif (state.path / "ema.bin").is_file():
+            logger.warning("--resume %s: holds an average of the weights, which ends without --ema_decay", state.path)
         saved = state.generators()
         for name, generator in self.generators().items():
             if f"{rank}/{name}" in saved:

@@ -55,6 +55,9 @@ def test_a_resumed_run_has_the_average_of_the_undisturbed_one(trainer, caplog): 
     state = without.plan.options.saving.output_dir / "name-state"
     trainer(f"{how} --resume {state}").run()
     assert "holds no average of the weights, which begins anew" in caplog.text
+    assert "which ends without --ema_decay" not in caplog.text
+    trainer(f"{how.replace('--ema_decay 0.9', '')} --resume {folder / 'name-step00000003-state'}")
+    assert "holds an average of the weights, which ends without --ema_decay" in caplog.text
 
 
 def test_files_of_the_average_rotate_with_the_others_and_are_no_states(trainer):  # noqa: F811
