@@ -233,6 +233,11 @@ class Sampler:
         every, count = (options.sample_every_n_steps, step) if epoch is None else (options.sample_every_n_epochs, epoch)
         return bool(every) and count % every == 0 and step != self._last_step
 
+    def go_on(self, step: int) -> None:
+        """Go on after a step at whose end a state was saved: what was due then is done."""
+        if step and self.due(step):
+            self._last_step = step
+
     def make(self, dit: WanModel, trained: nn.Module, step: int, epoch: int | None = None) -> list[Path]:
         """Write the samples and return their files; the random numbers of training are not touched."""
         device = self.plan.models.device

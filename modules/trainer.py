@@ -463,6 +463,9 @@ class Trainer:
         self.step, self.epochs, self.batches = progress.step, progress.epoch, self.plan.begun
         self.losses.extend(progress.losses)
         self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
+        for each in (self.validator, self.sampler):
+            if each:
+                each.go_on(self.step)
         self.states.written.update(name for name in progress.written if name.endswith("-state"))
         self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
         if self.accelerator.is_main_process:
@@ -509,9 +512,10 @@ class Trainer:
         due = every and epoch % every == 0 and epoch < self.plan.epochs
         if due:
             self.save_file("epoch", epoch, epoch)
+        # Before the state, with which a run that goes on has all of the epoch behind it.
+        self.sample(epoch)
         if due and self.plan.options.states.save_state:
             self.save_state("epoch", epoch)
-        self.sample(epoch)
 
     def validate(self, epoch: int | None = None) -> None:
         """Measure the validation loss if that is due; epoch: as for sample()."""

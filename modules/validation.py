@@ -117,6 +117,11 @@ class Validator:
         """Tell whether to measure now, which is not twice at the same step."""
         return step != self._last_step and self.plan.due(step, epoch, last)
 
+    def go_on(self, step: int) -> None:
+        """Go on after a step at whose end a state was saved: what was due then is done."""
+        if step and self.due(step):
+            self._last_step = step
+
     @torch.no_grad()
     def measure(self, dit: nn.Module, trained: nn.Module, step: int) -> dict[str, float]:
         """Return the mean squared error of the velocity by name, over everything and in each bin of noise levels.

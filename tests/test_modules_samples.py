@@ -21,6 +21,7 @@ from modules.generation_options import LoraOptions, Models, RunOptions, Sampling
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.one_frame import Control, OneFrame
 from modules.outputs import Files, OutputOptions, Result
+from modules.run_log import read_log
 from modules.run_logs import LoggingOptions
 from modules.samples import LiveModels, SampleOptions, SamplePlan, Sampler, plan_samples, read_samples
 from modules.train_options import TrainOptions
@@ -262,6 +263,28 @@ def test_a_sample_is_byte_by_byte_the_file_that_generation_writes(
     monkeypatch.setattr(sys, "argv", ["wan_generate_video.py", *words])
     wan_generate_video.main()
     assert sampled.read_bytes() == (tmp_path / f"generated{sampled.suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("series", ["step", "epoch"])
+def test_a_run_that_goes_on_at_the_end_of_an_epoch_has_its_samples_and_losses_once(trainer, tmp_path, series):
+    def seen():
+        lines = read_log(tmp_path / "out" / "n_log.jsonl")
+        return [(line["kind"], line["step"], line.get("epoch")) for line in lines]
+
+    data = tmp_path / "data.toml"
+    data.write_text("[[validation]]".join(data.read_text().rsplit("[[datasets]]", 1)))
+    end = len(trainer("--max_train_epochs 1", folder="probe").loader)
+    options = "--max_train_epochs 2 --sample_prompts PROMPTS --sample_every_n_epochs 1 --validate_every_n_epochs 1"
+    options += " --validation_timesteps 1 --save_every_n_epochs 1 --save_state"
+    if series == "step":
+        options += f" --sample_every_n_steps {end} --validate_every_n_steps {end} --save_every_n_steps {end}"
+    trainer(options).run()
+    straight = seen()
+    state = tmp_path / "out" / (f"n-step{end:08d}-state" if series == "step" else "n-000001-state")
+    trainer(f"{options} --resume {state.as_posix()}").run()
+    assert seen() == straight
+    assert [line[1] for line in straight if line[0] == "sample"] == [end, 2 * end]
+    assert [line[1] for line in straight if line[0] == "validation"] == [0, end, 2 * end]
 
 
 def test_a_sample_at_a_step_is_what_the_file_of_that_step_gives(trainer, models, tmp_path):
