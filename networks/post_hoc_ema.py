@@ -87,6 +87,9 @@ def average(paths: Sequence[Path], kept: Sequence[float]) -> tuple[dict[str, Ten
         files = [stack.enter_context(open_tensors(path, "path", "a LoRA file")) for path in paths]
         for file in files[1:]:
             _require_alike(files[0], file)
+        averages = [file.path for file in files if "ss_ema_decay" in file.metadata]
+        if 0 < len(averages) < len(files):
+            raise UserError(f"{averages[0]}: is an average already, others are not", "leave out *_ema.safetensors")
         tensors = {key: _average(files, key, kept) for key in files[0].keys()}  # noqa: SIM118
         metadata = files[-1].metadata
     return tensors, with_hashes(tensors, metadata) if "sshs_model_hash" in metadata else metadata

@@ -49,11 +49,14 @@ def test_what_cannot_be_is_refused_and_nothing_written(golden, tmp_path, monkeyp
     source, output = golden / "lora_t2v_upstream.safetensors", tmp_path / "o.safetensors"
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(source.read_bytes())
+    averaged = tmp_path / "a_ema.safetensors"  # as --ema_decay saves it beside the others
+    save_file_atomically(load_file(source), averaged, {"ss_ema_decay": "0.9"})
     for arguments, line in (
         ([source, "--output_file", output], "one file has no average. Name two or more."),
         ([source, copy, "--output_file", copy], "is one of the files to average"),
         ([source, copy, "--output_file", output, "--sigma_rel", "0.3"], "--sigma_rel 0.3: must be greater than 0"),
         ([source, golden / "vae.safetensors", "--output_file", output], "has other tensors than"),
+        ([source, averaged, "--output_file", output], f"{averaged}: is an average already, others are not."),
         ([source, tmp_path / "no.safetensors", "--output_file", output], "no such file"),
     ):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
