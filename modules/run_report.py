@@ -213,7 +213,9 @@ def _charts(data: RunData) -> str:
     }
     loss = {"loss": steps.get("loss", []), "average": steps.get("average", []), "epoch": data.epochs.get("loss", [])}
     bins, trained = (
-        {n: points for n, points in c.items() if n not in ("loss", "epoch")} for c in (data.validation, data.epochs)
+        # By number: an epoch whose first examples lie elsewhere has other bins first.
+        {n: c[n] for n in sorted(c, key=lambda n: (len(n.partition("-")[0]), n)) if n not in ("loss", "epoch")}
+        for c in (data.validation, data.epochs)
     )
     drawn = [
         charts.chart("loss", loss, faint=["loss"]),

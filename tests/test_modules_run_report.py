@@ -76,6 +76,17 @@ def test_steps_that_were_left_out_and_the_reason_of_an_end_are_told(tmp_path):
     assert "stopped: out of <memory>" in text
 
 
+def test_curves_by_timestep_are_in_their_order_whatever_an_epoch_saw_first(tmp_path):
+    log = RunLog(log_path(tmp_path, "name"))
+    log.begin()
+    log.write("step", 1, loss=0.5)
+    log.write("epoch", 1, epoch=1, loss=0.5, **{"t500-600": 1.0})
+    log.write("epoch", 2, epoch=2, loss=0.5, **{"t100-200": 1.0, "t900-1000": 2.0, "t0-100": 3.0})
+    text = Page(Reporter(log.path).html()).text
+    places = [text.index(f"t{name}") for name in ("0-100", "100-200", "500-600", "900-1000")]
+    assert places == sorted(places)
+
+
 def test_a_sample_that_was_deleted_leaves_its_place(reporter):
     (reporter.log.parent / "sample" / "24_0.mp4").unlink()
     page = Page(reporter.html())
