@@ -82,7 +82,8 @@ def resumed_from(options: HubOptions, resume: str | None) -> str | None:
     owner, _, path = reference.partition("/")
     name, _, path = path.partition("/")
     if not (owner and name and path.strip("/")) or len(more) > 2:
-        raise UserError(f"--resume {resume}: --resume_from_huggingface needs a state there", f"write {form}")
+        given = f"--resume {resume}" if resume else "--resume is missing"
+        raise UserError(f"{given}: --resume_from_huggingface needs a state there", f"write {form}")
     revision, kind = (*more, None, None)[:2]
     if kind and kind not in KINDS:
         raise UserError(f"--resume {resume}: {kind} is no type of repository", suggest(kind, KINDS) or ", ".join(KINDS))

@@ -126,7 +126,7 @@ def test_training_with_uploads_beside_it_leaves_the_same_files_there(trainer, hu
         (f"{HOW} --huggingface_repo_type modell", "--huggingface_repo_type: invalid choice"),
         (
             "--resume_from_huggingface",
-            "--resume None: --resume_from_huggingface needs a state there. Write owner/name/",
+            "--resume is missing: --resume_from_huggingface needs a state there. Write owner/name/",
         ),
         ("--resume_from_huggingface --resume me/it", "--resume me/it: --resume_from_huggingface needs a state there"),
         ("--resume_from_huggingface --resume me/it/a:b:modul", "modul is no type of repository. Did you mean 'model'?"),
