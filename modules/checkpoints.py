@@ -73,6 +73,10 @@ def check_saving(
         raise UserError("--output_name is missing", "name the trained files: --output_name TEXT")
     if Path(saving.output_name).name != saving.output_name:
         raise UserError(f"--output_name {saving.output_name}: is a path", "put the folder into --output_dir")
+    if saving.output_name in (".", "..") or any(letter in '<>:"|?*\\' for letter in saving.output_name):
+        raise UserError(
+            f"--output_name {saving.output_name}: not every system can write that", "use letters and digits"
+        )
     for name in ("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps"):
         value = getattr(saving, name)
         if value is not None and value < 1:

@@ -96,6 +96,8 @@ def test_model_metadata_states_what_was_given_and_no_more():
         ({"output_name": "n"}, "--output_dir is missing. Name the folder"),
         ({"output_dir": "."}, "--output_name is missing. Name the trained files"),
         ({"output_dir": ".", "output_name": "a/b"}, "--output_name a/b: is a path. Put the folder into --output_dir."),
+        ({"output_dir": ".", "output_name": ".."}, "--output_name ..: not every system can write that"),
+        ({"output_dir": ".", "output_name": "a*b"}, "--output_name a*b: not every system can write that"),
         (
             {"output_dir": ".", "output_name": "n", "save_every_n_steps": 0},
             "--save_every_n_steps 0: must be at least 1.",
