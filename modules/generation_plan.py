@@ -268,6 +268,8 @@ def plan_results(
     """
     kept = [max(output_frames(request, models.config) - outputs.trim_tail_frames, 1) for request in requests]
     run = {} if outputs.no_metadata and lines is None else describe_run(models, sampling)
+    if run:
+        run["options"] |= outputs.repeated()
     described = [{**describe_request(request, models, sampling), **run} for request in requests]
     stems = [] if lines is None else [stem_of(lines, each) for each in described]
     files = plan_files(outputs, list(zip([request.seed for request in requests], kept, strict=True)), stems=stems)
