@@ -71,7 +71,7 @@ class OutputOptions:
         return VideoFormat(self.video_format or named, self.crf, self.ten_bit)
 
     def repeated(self) -> dict[str, Any]:
-        """Return the options that a file of one kind depends on, by which --from_metadata makes one of the same kind."""
+        """Return the options by which --from_metadata makes a file of the same kind."""
         names = ("output_type", "fps", "crf", "ten_bit", "trim_tail_frames")
         found = {name: value for name, value in given_options(self).items() if name in names}
         other = self.suffix() if "video" in OUTPUT_TYPES[self.output_type][0] else ".mp4"
