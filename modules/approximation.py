@@ -92,7 +92,11 @@ class Approximation:
         logger.info(
             "--compare_exact: seed %d: latents PSNR %.2f dB; %.2f of the exact time (%.1f s of %.1f s, without the "
             "first step)",
-            *(request.seed, psnr([latent], [wanted]), self.elapsed / plain.elapsed, self.elapsed, plain.elapsed),
+            request.seed,
+            psnr([latent], [wanted]),
+            self.elapsed / plain.elapsed if plain.elapsed else 1.0,  # no step: a --strength of 0
+            self.elapsed,
+            plain.elapsed,
         )
 
     def compare_frames(self, requests: Sequence[Request], latents: Sequence[Tensor], vae: WanVAE) -> None:

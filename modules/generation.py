@@ -380,9 +380,7 @@ def denoise_all(
         guided = any(is_guided(request, models.config, sampling) for request in requests)
         prepare(dit, partial(share_work, processes=processes, guided=guided, compiled=models.compiling.compile))
     latents: list[Tensor | None] = []
-    steps = approximation.runs * sum(
-        request.steps - first_step(request, sampling.sample_solver) for request in requests
-    )
+    steps = sum(request.steps - first_step(request, sampling.sample_solver) for request in requests)
     silent = not processes.is_first
     with (
         tqdm(total=steps, desc="denoising", unit="step", disable=silent) as progress,

@@ -31,6 +31,7 @@ from modules.solvers import sigma_schedule
 from modules.step_cache_options import check_step_cache
 from modules.video_to_video import log_start
 from utils.errors import UserError
+from utils.files import require_file
 from utils.identity import file_hash, weights_identity
 from utils.options import given_options
 from utils.safetensors_io import open_tensors
@@ -79,6 +80,9 @@ def check_generation(
     check_step_cache(models.step_cache, [request.steps for request in requests], processes)
     for request in requests:
         Approximation(models.step_cache, models.config, models.dit).settings(request, shape)
+        if models.step_cache.calibrate_magcache and request.video:
+            where = f"--calibrate_magcache {models.step_cache.calibrate_magcache}"
+            raise UserError(f"{where}: --video_path leaves out steps, which are to be measured", "leave that out")
     _check_riflex(requests, models, shape)
     split_of(processes, shape.heads, any(is_guided(request, models.config, sampling) for request in requests))
     blocks = [block for block in skipped_blocks(sampling) if not 0 <= block < shape.blocks]
@@ -97,6 +101,9 @@ def check_generation(
     if needs_vae(models.config, outputs) or any(request.video for request in requests):
         # Whole, too: it may be needed only after the long denoising.
         check_vae(models.vae.vae)
+    for name, path in models.files().items():  # those that are given without need are told of in the metadata
+        if path is not None:
+            require_file(path, f"--{name}", "weights")
     for request in requests:
         check_request(request, models.config, sampling)
 
@@ -117,7 +124,7 @@ def check_request(request: Request, config: WanConfig, sampling: SamplingOptions
 def needs_vae(config: WanConfig, outputs: OutputOptions) -> bool:
     """Return whether anything is encoded to latents or decoded from them."""
     parts, _ = OUTPUT_TYPES[outputs.output_type]
-    return bool(config.images) or config.control or parts != ("latent",)
+    return bool(config.images) or config.control or parts != ("latent",) or bool(outputs.preview)
 
 
 def _check_start_image(request: Request) -> None:
@@ -261,6 +268,8 @@ def plan_results(
     """
     kept = [max(output_frames(request, models.config) - outputs.trim_tail_frames, 1) for request in requests]
     run = {} if outputs.no_metadata and lines is None else describe_run(models, sampling)
+    if run:
+        run["options"] |= outputs.repeated()
     described = [{**describe_request(request, models, sampling), **run} for request in requests]
     stems = [] if lines is None else [stem_of(lines, each) for each in described]
     files = plan_files(outputs, list(zip([request.seed for request in requests], kept, strict=True)), stems=stems)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from modules.clips import count_frames
 from modules.generation import generate
 from modules.generation_options import Loaded, Models, SamplingOptions
 from modules.generation_plan import check_generation, check_request, plan_results
@@ -22,7 +23,7 @@ from wan.auto_swap import ran_out_of_memory
 from wan.memory import Step as MemoryStep
 from wan.model import WanModel
 from wan.pair import DitPair, fetch, park, parking_device
-from wan.vae import WanVAE
+from wan.vae import WanVAE, check_vae
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,8 @@ def converse(
 def _check_session(prompts: PromptOptions, models: Models, sampling: SamplingOptions, outputs: OutputOptions) -> None:
     if prompts.from_file is not None:
         raise UserError("--interactive: has no use for --from_file", "leave one of them out")
+    if prompts.skip_existing:
+        raise UserError("--skip_existing: is for --from_file", "leave it out")
     if prompts.prompt is not None:
         logger.warning("--prompt: ignored with --interactive")
     if outputs.save_path is not None and names_a_file(outputs.save_path):
@@ -213,6 +216,9 @@ def _check_session(prompts: PromptOptions, models: Models, sampling: SamplingOpt
         )
     check_outputs(outputs, 2)
     check_generation([], models, sampling, outputs)
+    if prompts.video_path is not None:
+        count_frames(prompts.video_path, "--video_path", models.config.frames)
+        check_vae(models.vae.vae)
 
 
 def _request_of(line: str, prompts: PromptOptions, models: Models, sampling: SamplingOptions) -> Request:

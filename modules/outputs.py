@@ -18,7 +18,7 @@ from torch import Tensor
 from modules.video_files import MP4, VIDEO_FORMATS, FrameWriter, VideoFormat, video_writer
 from utils.errors import UserError
 from utils.files import atomic_path, require_file, require_writable_folder
-from utils.options import option
+from utils.options import given_options, option
 from utils.safetensors_io import open_tensors, save_file_atomically
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,13 @@ class OutputOptions:
         ending = self.save_path.suffix.lower()[1:] if self.save_path and names_a_file(self.save_path) else ""
         named = ending if ending in VIDEO_FORMATS and ending != "png" else "mp4"
         return VideoFormat(self.video_format or named, self.crf, self.ten_bit)
+
+    def repeated(self) -> dict[str, Any]:
+        """Return the options by which --from_metadata makes a file of the same kind."""
+        names = ("output_type", "fps", "crf", "ten_bit", "trim_tail_frames")
+        found = {name: value for name, value in given_options(self).items() if name in names}
+        other = self.suffix() if "video" in OUTPUT_TYPES[self.output_type][0] else ".mp4"
+        return found if other == ".mp4" else found | {"video_format": other[1:]}
 
     def suffix(self) -> str:
         """Return how the name of the main file ends."""

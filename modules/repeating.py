@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.generation_options import Models, SamplingOptions
-from modules.outputs import OutputOptions, load_latent
+from modules.outputs import OutputOptions, load_latent, names_a_file
 from modules.prompts import PromptOptions
 from modules.video_files import read_comment
 from utils.errors import UserError
@@ -17,6 +17,7 @@ from utils.identity import file_hash, weights_identity
 logger = logging.getLogger(__name__)
 
 _NOT_REPEATED = {"from_file", "from_metadata"}
+_KIND = ("output_type", "video_format", "crf", "ten_bit")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -43,11 +44,23 @@ def stored_options(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         values["seed"] = metadata["seeds"]
     if "height" in metadata and "width" in metadata:
         values["video_size"] = [metadata["height"], metadata["width"]]
+    if _is_another_kind(given, values):
+        for name in _KIND:
+            values.pop(name, None)
     if "save_path" not in given:
         values["save_path"] = str(path.absolute().parent)
     outputs = {field.name for field in fields(OutputOptions)}
     logger.info("%s: %s", path, ", ".join(f"{name} {value}" for name, value in values.items() if name not in outputs))
     return f"--from_metadata {path}", values
+
+
+def _is_another_kind(given: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Return whether the typed options ask for another kind of file than the one that brings the values."""
+    if "output_type" in given or "video_format" in given:
+        return True
+    path = given.get("save_path")
+    same = OutputOptions(path, values.get("output_type", "video"), video_format=values.get("video_format"))
+    return path is not None and names_a_file(path) and path.suffix.lower() != same.suffix()
 
 
 def warn_of_changes(path: Path, models: Models) -> None:

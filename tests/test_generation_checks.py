@@ -135,6 +135,8 @@ EVERYWHERE = [
     ({"fps": 0}, "--fps 0: must be from 1"),
     ({"trim_tail_frames": -1}, "--trim_tail_frames -1: must be 0 or more"),
     ({"prompts": "a cat"}, "--prompts: unknown option"),
+    ({"output_type": "latent", "preview": 1, "vae": None}, "--vae is missing"),
+    ({"clip": "nowhere.safetensors"}, "--clip nowhere.safetensors: no such file"),
 ]
 # What is wrong for tasks that have, or that lack, something:
 NO_IMAGE, IMAGE = ("t2v-14B", "t2i-14B", "t2v-14B-FC", "t2v-A14B"), ("i2v-14B", "flf2v-14B", "i2v-14B-FC", "i2v-A14B")
@@ -165,6 +167,7 @@ BY_TASK = [
         {"control_path": "{control}"},
         "--control_path: {task} takes no control video",
     ),
+    (("t2v-14B",), {"output_type": "latent", "vae": "nowhere.safetensors"}, "--vae nowhere.safetensors: no such file"),
     (("t2i-14B",), {"video_length": 5}, "--video_length 5: t2i-14B makes one picture"),
     (("t2v-14B", "i2v-14B"), {"guidance_scale_high_noise": 3}, "--guidance_scale_high_noise: {task} has one model"),
     (("t2v-A14B",), {"guidance_scale_high_noise": "inf"}, "--guidance_scale_high_noise inf: not a usable number"),

@@ -157,6 +157,8 @@ def test_a_session_that_cannot_be_is_refused_at_once(talk, tmp_path):
         ({"save_path": tmp_path / "a.mp4"}, "names one file, --interactive makes several"),
         ({"t5": tmp_path / "no.pth"}, "--t5"),
         ({"save_path": None}, "--save_path is missing"),
+        ({"skip_existing": True}, "--skip_existing: is for --from_file"),
+        ({"video_path": tmp_path / "no.mp4"}, "--video_path .*no.mp4: no such file"),
     ):
         with pytest.raises(UserError, match=line):
             talk("a cat", **options)

@@ -48,6 +48,27 @@ def test_a_file_is_made_again_bit_by_bit(generate, command, tmp_path, name, monk
     assert again.read_bytes() == first and again.suffix == f".{name[2:]}"
 
 
+KINDS = {
+    "a.webm": ["--crf", 40, "--fps", 8],
+    "b.png": ["--video_format", "png", "--trim_tail_frames", 1],
+    "c.png": ["--output_type", "images", "--video_length", 1],
+    "d.safetensors": ["--output_type", "latent"],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_is_made_again_as_the_kind_of_file_it_is(generate, command, tmp_path, name):
+    first = tmp_path / name
+    generate(*command, *KINDS[name], "--save_path", first)
+    generate("--from_metadata", first, "--save_path", tmp_path / "out")
+    (again,) = (tmp_path / "out").iterdir()
+    assert again.suffix == first.suffix
+    if name != "d.safetensors":
+        assert again.read_bytes() == first.read_bytes()
+    generate("--from_metadata", first, "--save_path", tmp_path / "another.mp4")
+    assert (tmp_path / "another.mp4").exists(), "a name of another kind wins"
+
+
 def test_an_approximate_video_of_listed_timesteps_is_made_again(generate, command, tmp_path, caplog):
     more = ["--sample_solver", "vanilla", "--infer_steps", 3, "--timesteps", "1000,700,400", "--cfg_zero_star"]
     more += [

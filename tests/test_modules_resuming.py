@@ -86,6 +86,30 @@ def test_a_line_that_fails_costs_no_other(generate, monkeypatch, tmp_path, probl
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
 
 
+def test_each_line_is_compared_once_with_its_own_exact_video(generate, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    denoise = generation.denoise
+
+    def failing(dit, noise, *given, **more):
+        return denoise(dit, noise, *given, **more) * (torch.nan if noise.shape[1] == 1 else 1)
+
+    monkeypatch.setattr(generation, "denoise", failing)
+    calls, counted = [], generation.denoise
+    monkeypatch.setattr(generation, "denoise", lambda *given, **more: calls.append(1) or counted(*given, **more))
+    with pytest.raises(UserError, match="1 of 3 videos were not made"):
+        generate(
+            "a cat --s 2 --f 1\na red circle --s 2 --d 1\na blue star --s 2 --d 2\n",
+            skip_existing=None,
+            step_cache="easycache",
+            step_cache_threshold=0,
+            compare_exact=True,
+        )
+    assert len(calls) == 1 + 2 * 2, "what failed is not compared, all else once"
+    for what in ("latents", "frames"):
+        found = [message for message in caplog.messages if f"{what} PSNR" in message]
+        assert len(found) == 2 and all(f"seed {n}: {what} PSNR inf dB" in found[n - 1] for n in (1, 2)), found
+
+
 def test_a_line_alone_is_what_it_is_in_a_file(generate, models, monkeypatch, tmp_path):
     generate(output_type="latent")
     path = tmp_path / "alone.safetensors"

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import av
@@ -7,6 +8,7 @@ from PIL import Image
 
 from modules.video_files import VIDEO_FORMATS, VideoFormat, read_comment, video_writer
 from utils.errors import UserError
+from utils.files import atomic_path
 
 METADATA = {"prompt": 'ein Bär 熊 "quoted"' * 40, "seeds": 5}
 
@@ -95,3 +97,11 @@ def test_what_has_no_comment_of_ours_reads_as_none(tmp_path):
     write(tmp_path / "foreign.mp4", clip(2), VideoFormat(), "made with care")
     for path in tmp_path.iterdir():
         assert read_comment(path) is None
+
+
+def test_a_full_disk_that_the_encoder_finds_is_told_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as error, atomic_path(tmp_path / "a.gif") as temporary:
+        temporary.write_bytes(b"begun")
+        raise av.error.OSError(errno.ENOSPC, "No space left on device", str(temporary))
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "a.gif"))
+    assert not list(tmp_path.iterdir())

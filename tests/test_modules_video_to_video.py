@@ -138,3 +138,11 @@ def test_what_cannot_be_is_told_before_a_model_loads(generate, video, tmp_path, 
     ):
         with pytest.raises(UserError, match=line):
             generate("none", **options)
+
+
+def test_nothing_is_compared_or_measured_of_steps_that_are_left_out(generate, video, tmp_path, caplog):
+    caplog.set_level("INFO")
+    generate("kept", video_path=video, strength=0, infer_steps=3, step_cache="easycache", compare_exact=True)
+    assert "latents PSNR inf dB" in caplog.text
+    with pytest.raises(UserError, match="--video_path leaves out steps, which are to be measured"):
+        generate("curve", video_path=video, infer_steps=3, calibrate_magcache=tmp_path / "curve.json")

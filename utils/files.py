@@ -86,7 +86,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         # People know the file by its own name; a full disk has none at all where a library writes to an open file.
         if error.errno and error.filename in (None, str(temporary), temporary):
-            error.filename = str(path)
+            raise OSError(error.errno, error.strerror, str(path)) from error  # PyAV's own cannot be changed
         raise
     finally:
         temporary.unlink(missing_ok=True)
