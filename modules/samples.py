@@ -275,9 +275,11 @@ class Sampler:
             request = sample.request
             seed = f"_{request.seed}" if sample.seeded else ""
             stem = f"{plan.name}_{when}_{number:02d}_{now}{seed}"
-            metadata = {**describe_request(request, plan.models, SamplingOptions()), **self.run, **trained}
             frames = output_frames(request, plan.models.config)
             one = frames == 1
+            outputs = OutputOptions(output_type="images" if one else "video", fps=plan.options.sample_fps)
+            run = {**self.run, "options": self.run["options"] | outputs.repeated()}
+            metadata = {**describe_request(request, plan.models, SamplingOptions()), **run, **trained}
             files = Files(images=plan.folder / f"{stem}_000.png") if one else Files(video=plan.folder / f"{stem}.mp4")
             results.append(Result(files, frames, metadata))
         return results
