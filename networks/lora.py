@@ -1,6 +1,7 @@
 """Branches of linear layers, the low-rank one above all, and a network of them: attach, detach, state dict."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ def targets_in(model: nn.Module) -> list[Target]:
     return [Target(path, layer.in_features, layer.out_features) for path, layer in linear_layers(model).items()]
 
 
-class Branch(nn.Module):
+class Branch(nn.Module, ABC):
     """What is trained beside one linear layer: x -> alpha / rank * update(x), the update being made of a few factors.
 
     The parameters are the factors, and have the names that files give them. They are float32 (or what the caller makes
@@ -88,9 +89,9 @@ class Branch(nn.Module):
         return 0
 
     @classmethod
+    @abstractmethod
     def from_parts(cls, parts: Mapping[str, Tensor], dropouts: Dropouts) -> "Branch":
         """Return the branch of a layer in a file, with its weights; the parts are complete and fit each other."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def load(self, parts: Mapping[str, Tensor]) -> None:
@@ -101,13 +102,13 @@ class Branch(nn.Module):
         self.scale = alpha / self.rank
         self.alpha.fill_(alpha)
 
+    @abstractmethod
     def forward(self, x: Tensor, multiplier: float = 1.0) -> Tensor:
         """Return the update of x [... inputs] as [... outputs] in x's dtype, times the multiplier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm(self) -> Tensor:
         """Return the Frobenius norm of what the branch adds to the layer's weight, in float64."""
-        raise NotImplementedError
 
     def skipped(self) -> bool:
         """Return whether module dropout leaves the branch out of this forward pass."""
