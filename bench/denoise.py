@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bench.dit import Size, both, inputs, velocity_of_theirs
 from bench.measure import TWO_WAY, Row, Setting, compared, main
 from bench.two_way import plain_twin
-from modules.generation import Condition, Texts, denoise
+from modules.conditions import Condition
+from modules.generation import Texts, denoise
 from modules.generation_options import SamplingOptions
 from modules.guidance import classifier_free
 from modules.solvers import Velocity, sample

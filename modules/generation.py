@@ -5,44 +5,32 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.decoding import load_image
 from modules.approximation import Approximation
-from modules.clips import read_clip
+from modules.conditions import Condition, encode_conditions, encode_pictures
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
-from modules.latent_encoding import as_pixels
-from modules.one_frame import encode_controls
 from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent
 from modules.prompts import Request
 from modules.resuming import Failures, left_to_make
+from modules.sizes import decoded_frame_count, denoised_frames, latent_size, output_size, wanted_frames
 from modules.solvers import Step, Velocity, sample
 from modules.step_caching import Predict, exact
 from modules.text_caching import load_text_encoder
 from modules.video_files import MP4, VideoFormat
-from modules.video_to_video import encode_video, first_step, start
+from modules.video_to_video import first_step, start
 from modules.watching import PartialKeeper, Previewer, Watcher, latent_colours
-from utils.devices import compute_dtype, release_memory
+from utils.devices import release_memory
 from utils.errors import UserError
 from utils.processes import Processes
 from wan.auto_swap import auto_recommended
-from wan.clip import load_clip
-from wan.conditioning import (
-    control_condition,
-    first_and_end_condition,
-    first_frame_condition,
-    first_last_condition,
-    i2v_size,
-)
 from wan.configs import WanConfig
 from wan.memory import Step as MemoryStep
 from wan.model import WanModel
@@ -51,8 +39,6 @@ from wan.parallel import share_out
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
-
-VAE_PIXELS, VAE_FRAMES = 8, 4  # pixels to a latent each way, and frames
 
 
 @dataclass(frozen=True)
@@ -63,47 +49,7 @@ class Texts:
     negative: Tensor | None  # None where no step asks for it
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What the DiT sees besides text and noise."""
-
-    y: Tensor | None = None  # [C f h w]: mask, image, control
-    image_features: Tensor | None = None  # [1 257 1280], or [2 257 1280] for a first and a last picture
-    frame_indices: Sequence[int] | None = None  # where in time the f latent frames are, if not at 0 to f-1
-    video: Tensor | None = None  # [16 f h w]: the latents to start from
-
-
 # ------------------------------------------------------------------------------------------------------ denoising
-def output_size(request: Request) -> tuple[int, int]:
-    """Return the (width, height) of the video: as asked for, or that area in the shape of the start image."""
-    if request.image is None:
-        return request.width, request.height
-    height, width = load_image(request.image).shape[:2]
-    return i2v_size(width, height, request.width * request.height)
-
-
-def output_frames(request: Request, config: WanConfig) -> int:
-    """Return the frames that are decoded: an end image that the model has no place for comes with four more."""
-    return request.frames + (VAE_FRAMES if request.end_image is not None and "last" not in config.images else 0)
-
-
-def denoised_frames(request: Request, config: WanConfig) -> int:
-    """Return the frames of the video that is denoised: of one frame, its control pictures too, a latent frame each."""
-    if request.one_frame:
-        return VAE_FRAMES * len(request.one_frame.controls) + 1
-    return output_frames(request, config)
-
-
-def wanted_frames(request: Request, latent: Tensor) -> Tensor:
-    """Return of denoised latents [16 f h w] those that are wanted: of one frame, without its control pictures."""
-    return latent[:, request.one_frame.place, None] if request.one_frame else latent
-
-
-def latent_size(frames: int, width: int, height: int) -> tuple[int, int, int]:
-    """Return the frames, rows and columns of a video's latents."""
-    return (frames - 1) // VAE_FRAMES + 1, height // VAE_PIXELS, width // VAE_PIXELS
-
-
 def draw_noise(frames: int, width: int, height: int, seed: int, device: torch.device, on_cpu: bool = False) -> Tensor:
     """Return the noise [16 f h w] that a video of this size starts from, float32, on the device."""
     where = torch.device("cpu") if on_cpu else device
@@ -283,74 +229,6 @@ def encode_prompts(requests: Sequence[Request], models: Models, sampling: Sampli
     return [Texts(encoded[prompt], encoded.get(negative)) for prompt, negative in wanted]
 
 
-def encode_pictures(requests: Sequence[Request], models: Models) -> list[Tensor | None]:
-    """Return the CLIP features of each request's pictures, [n 257 1280]; None where the model sees none.
-
-    A model for a first and a last picture sees both; others have no place for the features of an end image.
-    """
-    config = models.config
-    if not (config.clip and config.images):
-        return [None] * len(requests)
-    pictures = [[request.image, request.end_image][: len(config.images)] for request in requests]
-    different = dict.fromkeys(path for paths in pictures for path in paths)
-    dtype = compute_dtype(torch.float16, models.device)
-    clip = models.kept("clip", lambda: load_clip(models.clip.clip, dtype, models.device))
-    encoded = {
-        path: clip.encode(as_pixels(load_image(path))[None])[0]
-        for path in tqdm(different, desc="encoding pictures", unit="picture")
-    }
-    return [torch.stack([encoded[path] for path in paths]) for paths in pictures]
-
-
-def encode_conditions(
-    requests: Sequence[Request], features: Sequence[Tensor | None], vae: WanVAE, config: WanConfig
-) -> list[Condition]:
-    """Return what the DiT sees of each request's pictures and control video, and the video that it starts from."""
-    progress = tqdm(requests, desc="encoding conditions", unit="video")
-    return [
-        Condition(
-            encode_condition(request, vae, config),
-            image_features,
-            request.one_frame.indices if request.one_frame else None,
-            encode_video(request, vae, output_frames(request, config), *output_size(request)),
-        )
-        for request, image_features in zip(progress, features, strict=True)
-    ]
-
-
-@torch.inference_mode()
-def encode_condition(request: Request, vae: WanVAE, config: WanConfig) -> Tensor | None:
-    """Return the channels [C f h w] that the DiT sees beside the noise: of pictures, of a control video, if any."""
-    width, height = output_size(request)
-    if request.one_frame:
-        return encode_controls(request.one_frame, vae, width, height)
-    y = None
-    if config.images:
-        first = picture_pixels(request.image, width, height)
-        if request.end_image is None:
-            y = first_frame_condition(vae, first, request.frames)
-        else:
-            lay_out = first_last_condition if "last" in config.images else first_and_end_condition
-            y = lay_out(vae, first, picture_pixels(request.end_image, width, height), request.frames)
-    if config.control:
-        frames = read_control(request.control, request.frames, width, height)
-        y = control_condition(vae.encode(as_pixels(frames)[None])[0], y)
-    return y
-
-
-def picture_pixels(path: Path, width: int, height: int) -> Tensor:
-    """Return a picture as pixels [3 H W] in [-1, 1], stretched to the size, not cropped."""
-    picture = load_image(path)
-    shrinking = height < picture.shape[0]
-    resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
-    return as_pixels(resized[None])[:, 0]
-
-
-def read_control(path: Path, frames: int, width: int, height: int) -> np.ndarray:
-    """Return the first frames of a control video or folder of pictures, scaled and cropped: uint8 [F H W 3]."""
-    return read_clip(path, frames, width, height, "--control_path")
-
-
 def denoise_all(
     requests: Sequence[Request],
     texts: Sequence[Texts],
@@ -487,11 +365,6 @@ def as_frames(pixels: Tensor, bits: int = 8) -> np.ndarray:
     """Return pixels [3 F H W] in [-1, 1] as frames uint8 or, for 16 bits, uint16 [F H W 3], rounded."""
     levels = ((pixels.float().clamp(-1, 1) + 1) * ((2**bits - 1) / 2)).round()
     return rearrange(levels, "c f h w -> f h w c").cpu().numpy().astype({8: np.uint8, 16: np.uint16}[bits])
-
-
-def decoded_frame_count(latent: Tensor) -> int:
-    """Return how many frames a latent [16 f h w] decodes to."""
-    return VAE_FRAMES * (latent.shape[1] - 1) + 1
 
 
 def go_on(

@@ -12,21 +12,14 @@ import toml
 
 from modules.approximation import Approximation
 from modules.clips import read_clip
-from modules.generation import (
-    decode_all,
-    decoded_frame_count,
-    is_guided,
-    latent_size,
-    output_frames,
-    output_size,
-    read_control,
-    skipped_blocks,
-)
+from modules.conditions import read_control
+from modules.generation import decode_all, is_guided, skipped_blocks
 from modules.generation_options import Models, SamplingOptions
 from modules.lora_files import LoraFile, check_loras
 from modules.outputs import OUTPUT_TYPES, OutputOptions, Result, check_outputs, load_latent, plan_files
 from modules.prompts import MAX_PIXELS, PATCH_PIXELS, Request
 from modules.resuming import stem_of, with_latents_kept
+from modules.sizes import decoded_frame_count, latent_size, output_frames, output_size
 from modules.solvers import sigma_schedule
 from modules.step_cache_options import check_step_cache
 from modules.video_to_video import log_start

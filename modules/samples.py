@@ -12,20 +12,13 @@ import toml
 import torch
 from torch import nn
 
-from modules.generation import (
-    Condition,
-    Texts,
-    decode_all,
-    denoise_all,
-    encode_conditions,
-    encode_pictures,
-    encode_prompts,
-    output_frames,
-)
+from modules.conditions import Condition, encode_conditions, encode_pictures
+from modules.generation import Texts, decode_all, denoise_all, encode_prompts
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.generation_plan import check_generation, describe_request, describe_run
 from modules.outputs import MAX_FPS, Files, OutputOptions, Result
 from modules.prompts import LETTERS, PATCH_PIXELS, PromptOptions, Request, make_request, parse_training_prompt
+from modules.sizes import output_frames
 from utils.devices import release_memory
 from utils.errors import UserError
 from utils.files import require_file

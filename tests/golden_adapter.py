@@ -17,7 +17,18 @@ from dataset.buckets import choose_bucket
 from dataset.config import load_config
 from dataset.media import at_16_fps, resize_to_bucket  # noqa: F401
 from dataset.media import frame_windows as windows_of
-from modules import flow_matching, generation, guidance, latent_caching, latent_encoding, one_frame, prompts, solvers
+from modules import (
+    conditions,
+    flow_matching,
+    generation,
+    guidance,
+    latent_caching,
+    latent_encoding,
+    one_frame,
+    prompts,
+    sizes,
+    solvers,
+)
 from modules.caching import CachingOptions
 from modules.generation_options import SamplingOptions
 from modules.text_caching import cache_texts
@@ -123,7 +134,7 @@ def sample(model, noise, cond, null, solver, steps, shift, guidance, slg_layers=
     sampling = SamplingOptions(sample_solver=solver, slg_layers=layers, **options)
     texts = generation.Texts(cond["context"][0], null["context"][0])
     y = cond["y"][0] if "y" in cond else None
-    condition = generation.Condition(y, cond.get("clip_fea"))
+    condition = conditions.Condition(y, cond.get("clip_fea"))
     return generation.denoise(model, noise, texts, condition, steps, shift, guidance, sampling)
 
 
@@ -149,10 +160,10 @@ def conditioning(vae, task, pictures, args, text_dim):
         one_frame=one_frame.make_one_frame(one, controls, (), config) if one else None,
     )
     made = request.one_frame
-    size = generation.denoised_frames(request, config), *generation.output_size(request)
+    size = sizes.denoised_frames(request, config), *sizes.output_size(request)
     noise = generation.draw_noise(*size, request.seed, torch.device("cpu"), args.get("cpu_noise", False))
     return {
-        "y": generation.encode_condition(request, vae, config),
+        "y": conditions.encode_condition(request, vae, config),
         "noise": noise,
         "tokens": noise[0].numel() // 4,
         "f_indices": [made.indices] if made else None,

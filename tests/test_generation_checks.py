@@ -49,8 +49,8 @@ def plan(models, pictures, monkeypatch, tmp_path):
     def loaded(*arguments, **more):
         raise AssertionError("a model was loaded")
 
-    for name in ("load_text_encoder", "load_clip"):
-        monkeypatch.setattr(f"modules.generation.{name}", loaded)
+    monkeypatch.setattr("modules.generation.load_text_encoder", loaded)
+    monkeypatch.setattr("modules.conditions.load_clip", loaded)
     for name in ("load_dit", "load_vae"):
         monkeypatch.setattr(f"modules.generation_options.{name}", loaded)
 

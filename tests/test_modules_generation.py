@@ -8,19 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from modules import generation, generation_options
+from modules import conditions, generation, generation_options
+from modules.conditions import Condition, encode_condition, encode_pictures
 from modules.generation import (
-    Condition,
     Texts,
     as_frames,
     denoise,
     draw_noise,
-    encode_condition,
     generate,
     guidance_of,
     needs_negative,
-    output_frames,
-    output_size,
     skipped_blocks,
 )
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
@@ -29,6 +26,7 @@ from modules.latent_encoding import load_latent_encoders
 from modules.lora_files import LoraFile
 from modules.outputs import Files, OutputOptions, Result, load_latent, save_latent
 from modules.prompts import Request
+from modules.sizes import output_frames, output_size
 from modules.solvers import Step
 from utils.errors import UserError
 from wan.clip import ClipOptions
@@ -231,8 +229,8 @@ def test_only_one_large_model_is_in_memory_at_a_time(models, monkeypatch, tmp_pa
 
         monkeypatch.setattr(module, name, loading)
 
-    for name in ("load_text_encoder", "load_clip"):
-        watched(generation, name)
+    watched(generation, "load_text_encoder")
+    watched(conditions, "load_clip")
     for name in ("load_vae", "load_dit"):
         watched(generation_options, name)
     asked = request(32, 32, image=picture_of(tmp_path, 32, 32))
@@ -245,7 +243,7 @@ def test_only_one_large_model_is_in_memory_at_a_time(models, monkeypatch, tmp_pa
 
 def test_equal_texts_and_pictures_are_encoded_once(models, monkeypatch, tmp_path):
     texts, pictures = [], []
-    text_encoder, picture = generation.load_text_encoder, generation.load_image
+    text_encoder, picture = generation.load_text_encoder, conditions.load_image
 
     def counting(*arguments):
         encoder = text_encoder(*arguments)
@@ -254,11 +252,11 @@ def test_equal_texts_and_pictures_are_encoded_once(models, monkeypatch, tmp_path
         return encoder
 
     monkeypatch.setattr(generation, "load_text_encoder", counting)
-    monkeypatch.setattr(generation, "load_image", lambda path: pictures.append(path) or picture(path))
+    monkeypatch.setattr(conditions, "load_image", lambda path: pictures.append(path) or picture(path))
     image = picture_of(tmp_path, 32, 32)
     requests = [request(32, 32, image=image, seed=seed) for seed in (1, 2)]
     encoded = generation.encode_prompts(requests, tiny(models), SamplingOptions())
-    features = generation.encode_pictures(requests, tiny(models, "i2v-14B", "dit_i2v", models["clip"]))
+    features = encode_pictures(requests, tiny(models, "i2v-14B", "dit_i2v", models["clip"]))
     assert texts == ["a", "b"] and torch.equal(encoded[0].negative, encoded[1].negative)
     assert pictures == [image] and features[0].shape == (1, 257, 1280)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import wan_generate_video
-from modules import generation, generation_options, interactive
+from modules import conditions, generation, generation_options, interactive
 from modules.interactive import line_reader
 from tests import tiny
 from tests.conftest import ROOT
@@ -60,7 +60,7 @@ def loads(monkeypatch):
     seen = []
     for module, name in (
         (generation, "load_text_encoder"),
-        (generation, "load_clip"),
+        (conditions, "load_clip"),
         (generation_options, "load_vae"),
         (generation_options, "load_dit"),
     ):

@@ -12,7 +12,7 @@ from dataset.config import DatasetConfig, load_config
 from dataset.items import find_sources
 from dataset.media import read_clips
 from modules.caching import CachingOptions, CachingResult
-from modules.generation import encode_condition, encode_pictures
+from modules.conditions import encode_condition, encode_pictures
 from modules.generation_options import LoraOptions, Models, RunOptions
 from modules.latent_caching import cache_latents
 from modules.latent_encoding import I2V, I2V_WITHOUT_CLIP, ONE_FRAME, T2V, LatentEncoders

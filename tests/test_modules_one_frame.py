@@ -15,7 +15,8 @@ from dataset.cache import read_tensors
 from dataset.config import load_config
 from dataset.decoding import load_image
 from modules.caching import CachingOptions
-from modules.generation import Condition, Texts, denoise, draw_noise, encode_condition, step_of
+from modules.conditions import Condition, encode_condition
+from modules.generation import Texts, denoise, draw_noise, step_of
 from modules.generation_options import SamplingOptions
 from modules.latent_caching import cache_latents
 from modules.latent_encoding import ONE_FRAME, LatentEncoders

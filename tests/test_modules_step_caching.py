@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from modules.generation import Condition, Texts, denoise
+from modules.conditions import Condition
+from modules.generation import Texts, denoise
 from modules.generation_options import SamplingOptions
 from modules.solvers import Step, sigma_schedule
 from modules.step_caching import CacheSettings, StepCache, exact

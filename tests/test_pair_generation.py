@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_generate_video
-from modules.generation import Condition, Texts, denoise, guidance_of
+from modules.conditions import Condition
+from modules.generation import Texts, denoise, guidance_of
 from modules.generation_options import SamplingOptions
 from modules.prompts import Request
 from modules.solvers import sigma_schedule

@@ -460,8 +460,8 @@ def test_bad_input_is_named_before_any_model_loads(generate, models, monkeypatch
     def too_late(*arguments, **more):
         raise AssertionError("a model was loaded")
 
-    for name in ("load_text_encoder", "load_clip"):
-        monkeypatch.setattr(f"modules.generation.{name}", too_late)
+    monkeypatch.setattr("modules.generation.load_text_encoder", too_late)
+    monkeypatch.setattr("modules.conditions.load_clip", too_late)
     for name in ("load_dit", "load_vae"):
         monkeypatch.setattr(f"modules.generation_options.{name}", too_late)
     assert line in refused(generate, **{"save_path": tmp_path / "out", **options})

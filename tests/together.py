@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.generation import Condition, denoise_all, encode_conditions, encode_pictures, encode_prompts
+from modules.conditions import Condition, encode_conditions, encode_pictures
+from modules.generation import denoise_all, encode_prompts
 from modules.generation_options import LoraOptions, Models, RunOptions, SamplingOptions
 from modules.outputs import Files, Result
 from modules.prompts import Request
