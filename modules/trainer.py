@@ -1,31 +1,27 @@
 """The training loop: batches > noised latents > DiT > loss > what is trained > files."""
 
-import contextlib
 import logging
 import math
 import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from dataset.loader import Batch, batches_of, make_loader
-from modules.checkpoints import Checkpoints
-from modules.disk import optimizer_bytes, tensor_bytes
 from modules.ema import Average
 from modules.flow_matching import noised, sample_one_sided, sample_timesteps
 from modules.gradients import average_gradients
 from modules.losses import flow_loss, loss_weights, sample_errors
 from modules.memory_advice import memory_advised, savings
-from modules.milestones import FILE, SAMPLE, STATE, VALIDATION
+from modules.milestones import SAMPLE, VALIDATION
 from modules.optimizers import make_optimizer, make_schedule
 from modules.prediction import as_told, predict
 from modules.preflight import Plan, check
@@ -42,9 +38,10 @@ from modules.run_logs import (
 from modules.run_metadata import run_metadata
 from modules.run_summary import summary
 from modules.samples import Sampler
+from modules.saving import Saver
 from modules.settings import groups_of, hide_secrets
 from modules.several import join, load_shared, make_accelerator, only_here, sharding
-from modules.states import Progress, State, States, restore_optimizer, write_state
+from modules.states import Progress, State
 from modules.stopping import Stop, command_to_resume
 from modules.timestep_bins import TimestepBins, in_words
 from modules.train_options import TrainOptions
@@ -154,22 +151,6 @@ class Trainer:
         process_seed = plan.seed + accelerator.process_index
         self.generator = torch.Generator().manual_seed(process_seed)
         torch.manual_seed(process_seed)
-        self.checkpoints = Checkpoints(
-            options.saving,
-            run_metadata(plan, self.optimizer_name, len(self.loader)),
-            options.metadata.no_metadata,
-            self.trained.file_dtype(),
-            self.trained.hashed,
-        )
-        decay = options.ema.ema_decay
-        self.ema = Average(self.parameters, decay) if decay else None
-        metadata = {**self.checkpoints.metadata, "ss_ema_decay": str(decay)}
-        # It has the same list of what was written.
-        self.ema_checkpoints = replace(self.checkpoints, metadata=metadata, suffix="_ema")
-        self.states = States(options.states, options.saving)
-        self.averaging = hasattr(self.optimizer.optimizer, "eval")  # schedule-free: what it trains is not what it means
-        if self.averaging:
-            self.optimizer.optimizer.train()
         self.step = 0
         self.epochs = 0  # complete ones
         self.batches = 0  # of the unfinished epoch, on this process
@@ -183,8 +164,20 @@ class Trainer:
         self.bad_steps = 0  # the last ones, in a row
         self.norms: list[Tensor] = []  # of the gradients of this step, of which a fused backward pass has many
         self.record = Recorder(plan, accelerator.is_main_process, accelerator.device)
-        for keeper in (self.checkpoints, self.states, *([self.ema_checkpoints] if self.ema else [])):
-            keeper.before_delete = self.record.before_delete
+        decay = options.ema.ema_decay
+        self.ema = Average(self.parameters, decay) if decay else None
+        self.saver = Saver(
+            plan,
+            accelerator,
+            self.optimizer,
+            self.schedule,
+            self.ema,
+            self.generators(),
+            run_metadata(plan, self.optimizer_name, len(self.loader)),
+            self.record,
+        )
+        if self.saver.averaging:
+            self.optimizer.optimizer.train()
         self.stop = Stop()
         if plan.state:
             self.restore(plan.state)
@@ -210,7 +203,7 @@ class Trainer:
                 if self.step < self.plan.total_steps:
                     self.epoch(epoch, progress)
         # The file before the state: a run that has the state of its end has all that it was to have.
-        self.save_file("end", 0, self.plan.epochs)
+        self.saver.save_file("end", 0, self.step, self.plan.epochs)
         if self.plan.options.states.save_state or self.plan.options.states.save_state_on_train_end:
             self.save_state("end")
         self.record.end("end", self.step)
@@ -280,7 +273,7 @@ class Trainer:
 
     def way_back(self) -> Callable[[], None]:
         """Return what undoes the computation of gradients that begins now, random numbers included."""
-        generators = list(self.generators().values())
+        generators = list(self.saver.generators.values())
         states = [generator.get_state() for generator in generators]
         gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
 
@@ -339,7 +332,7 @@ class Trainer:
             saved = self.save_state("step", self.step, early=True)
             raise UserError(
                 f"the loss was no finite number in {limit} steps in a row, from step {self.step - limit + 2} on"
-                + (f"; the state is {self.states.path('step', self.step)}" if saved else ""),
+                + (f"; the state is {self.saver.states.path('step', self.step)}" if saved else ""),
                 "lower --learning_rate, use --mixed_precision bf16 for fp16, or look for damaged caches; an earlier "
                 "state may still be sound",
             )
@@ -358,11 +351,11 @@ class Trainer:
             return
         every = self.plan.options.saving.save_every_n_steps
         due = every and self.step % every == 0  # and so has been saved
-        state = self.states.path("step", self.step)
+        state = self.saver.states.path("step", self.step)
         there = due and self.plan.options.states.save_state and state.is_dir()
         saved = there or self.save_state("step", self.step, early=True)
         if not due:
-            self.save_file("step", self.step, epoch)
+            self.saver.save_file("step", self.step, self.step, epoch)
         self.record.end("stop", self.step, state=state.name if saved else None)
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
@@ -370,60 +363,9 @@ class Trainer:
         how = f"go on with: {command_to_resume(state)}" if saved else "its state could not be saved"
         raise Stopped(f"stopped after step {self.step}; {how}", 128 + self.stop.number)
 
-    def save_file(self, series: str, number: int, epoch: int) -> None:
-        """Save what is trained and, where there is an average, that, on the first process; see Checkpoints.path().
-
-        What is outdated then is deleted.
-        """
-        if not self.accelerator.is_main_process:
-            return
-        kinds = [(self.checkpoints, self.averaged), *([(self.ema_checkpoints, self.ema.shown)] if self.ema else [])]
-        for files, shown in kinds:
-            with shown():
-                tensors = self.trained.tensors()
-                self.record.save(
-                    FILE,
-                    self.step,
-                    partial(files.save, tensors, series, number, self.step, epoch),
-                    files.path(series, number),
-                    tensor_bytes(tensors.values(), files.file_dtype),
-                    files,
-                    files.outdated(series, number),
-                    last=series == "end",
-                )
-
     def save_state(self, series: str, number: int = 0, early: bool = False) -> bool:
-        """Save the state of the run, on all processes, and delete what is outdated then; return whether that was done.
-
-        early: before its time, because the run ends here: deletes nothing, and a run that goes on does not log it.
-        """
-        every = gather_object([{name: each.get_state() for name, each in self.generators().items()}])
-        saved = False
-        if self.accelerator.is_main_process:
-            if self.trained.stowed:
-                self.trained.settle()
-            path, outdated = self.states.path(series, number), None if early else self.states.outdated(series, number)
-            tensors, optimizer = self.trained.tensors(), self.optimizer.optimizer
-
-            def write() -> None:
-                self.states.written.add(path.name)
-                scaler = self.accelerator.scaler
-                dictionaries = {
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": self.schedule.state_dict(),
-                    **({"scaler": scaler.state_dict()} if scaler else {}),
-                    **({"ema": self.ema.state_dict()} if self.ema else {}),
-                }
-                generators = {f"{rank}/{name}": state for rank, own in enumerate(every) for name, state in own.items()}
-                write_state(path, tensors, dictionaries, generators, self.progress())
-                if outdated:
-                    self.states.delete(outdated)
-
-            average = self.ema.state_dict().values() if self.ema else ()
-            needed = tensor_bytes((*tensors.values(), *average)) + optimizer_bytes(optimizer)
-            saved = self.record.save(STATE, self.step, write, path, needed, self.states, outdated, noted=not early)
-        self.accelerator.wait_for_everyone()
-        return self.agreed(saved)
+        """Save the state of the run, on all processes, and return whether that was done; see Saver.save_state()."""
+        return self.agreed(self.saver.save_state(series, number, self.progress(), early))
 
     def progress(self) -> Progress:
         return Progress(
@@ -438,38 +380,18 @@ class Trainer:
             epoch_batches=len(self.plan.data),
             data=self.plan.data.digest(),
             optimizer=self.optimizer_name.partition("(")[0],
-            written=tuple(sorted(self.states.written | self.checkpoints.written)),
-            log_lines=self.record.log.lines,
         )
 
     def restore(self, state: State) -> None:
         """Go on where a state was saved."""
-        progress, rank = state.progress, self.accelerator.process_index
-        self.trained.restore(state.tensors())
-        restore_optimizer(self.optimizer.optimizer, state.load("optimizer"), state.path)
-        self.schedule.load_state_dict(state.load("scheduler"))
-        if self.accelerator.scaler and state.whole:
-            self.accelerator.scaler.load_state_dict(state.load("scaler"))
-        if self.ema and (average := state.load("ema", needed=False)):
-            self.ema.load_state_dict(average)
-        elif self.ema:
-            logger.warning("--resume %s: holds no average of the weights, which begins anew", state.path)
-        elif (state.path / "ema.bin").is_file():
-            logger.warning("--resume %s: holds an average of the weights, which ends without --ema_decay", state.path)
-        saved = state.generators()
-        for name, generator in self.generators().items():
-            if f"{rank}/{name}" in saved:
-                generator.set_state(saved[f"{rank}/{name}"])
+        self.saver.restore(state)
+        progress = state.progress
         self.step, self.epochs, self.batches = progress.step, progress.epoch, self.plan.begun
         self.losses.extend(progress.losses)
         self.epoch_losses, self.bins = list(progress.epoch_losses), TimestepBins(progress.epoch_bins)
         for each in (self.validator, self.sampler):
             if each:
                 each.go_on(self.step)
-        self.states.written.update(name for name in progress.written if name.endswith("-state"))
-        self.checkpoints.written.update(name for name in progress.written if not name.endswith("-state"))
-        if self.accelerator.is_main_process:
-            self.states.tidy()
         logger.info("goes on from %s: step %d, epoch %d", state.path, self.step, self.epochs + 1)
 
     def generators(self) -> dict[str, torch.Generator]:
@@ -500,7 +422,7 @@ class Trainer:
         every = self.plan.options.saving.save_every_n_steps
         due = every and self.step % every == 0
         if due:
-            self.save_file("step", self.step, epoch)
+            self.saver.save_file("step", self.step, self.step, epoch)
         self.validate()
         self.sample()
         if due and self.plan.options.states.save_state:
@@ -511,7 +433,7 @@ class Trainer:
         every = self.plan.options.saving.save_every_n_epochs
         due = every and epoch % every == 0 and epoch < self.plan.epochs
         if due:
-            self.save_file("epoch", epoch, epoch)
+            self.saver.save_file("epoch", epoch, self.step, epoch)
         # Before the state, with which a run that goes on has all of the epoch behind it.
         self.sample(epoch)
         if due and self.plan.options.states.save_state:
@@ -520,7 +442,7 @@ class Trainer:
     def validate(self, epoch: int | None = None) -> None:
         """Measure the validation loss if that is due; epoch: as for sample()."""
         if self.validator and self.validator.due(self.step, epoch, self.step >= self.plan.total_steps):
-            with self.shown(), self.record.aside(VALIDATION):
+            with self.saver.shown(), self.record.aside(VALIDATION):
                 values = self.validator.measure(self.dit, self.module, self.step)
             self.log(values, self.step)
             self.record.validation(self.step, values)
@@ -529,26 +451,13 @@ class Trainer:
         """Make samples if they are due; epoch: how many are complete, at the start and the end of one."""
         with only_here(self.shards if self.plan.samples else None, self.accelerator):
             if self.sampler and self.sampler.due(self.step, epoch):
-                with self.shown(), self.record.aside(SAMPLE):
+                with self.saver.shown(), self.record.aside(SAMPLE):
                     began = time.monotonic()
                     files = self.sampler.attempt(self.dit, self.module, self.step, epoch)
                     if files:
                         prompts = [request.prompt for request in self.sampler.requests]
                         self.record.samples(self.step, epoch, files, prompts, began)
                         track_samples(self.accelerator, files, prompts, self.step)
-
-    def shown(self) -> contextlib.AbstractContextManager:
-        """Return what makes the weights those that samples and validation see while it is entered."""
-        return self.ema.shown() if self.ema and self.plan.options.ema.ema_for_samples else self.averaged()
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """While it is entered the weights are those that an optimizer without a schedule averages."""
-        if self.averaging:
-            self.optimizer.optimizer.eval()
-        yield
-        if self.averaging:
-            self.optimizer.optimizer.train()
 
     def rates(self) -> dict[str, float]:
         return rates_of(self.optimizer.param_groups)

@@ -102,7 +102,7 @@ def test_the_loss_of_a_dataset_is_multiplied_by_its_prior_weight(trainer, datase
         run.optimizer_step = lambda: {}  # nothing is learned
         run.run()
     assert list(other.losses) == pytest.approx([factor * loss for loss in plain.losses], rel=1e-6)
-    (entry, *_) = json.loads(other.checkpoints.metadata["ss_datasets"])
+    (entry, *_) = json.loads(other.saver.checkpoints.metadata["ss_datasets"])
     assert entry.get("prior_weight", entry.get("is_reg")) == (0.25 if factor != 1 else True)
 
 
@@ -112,7 +112,9 @@ def test_a_lora_learns_by_the_loss_and_weights_asked_for_and_its_file_tells(trai
         run = trainer(f"--max_train_steps 2 {more}")
         run.run()
         losses[more] = run.losses[0]
-        told = {key: run.checkpoints.metadata.get(f"ss_{key}") for key in ("loss", "huber_delta", "min_snr_gamma")}
+        told = {
+            key: run.saver.checkpoints.metadata.get(f"ss_{key}") for key in ("loss", "huber_delta", "min_snr_gamma")
+        }
         expected = {"--loss": ("huber", "0.3", None), "--weig": (None, None, "2.0")}.get(more[:6], (None, None, None))
         assert tuple(told.values()) == expected
     assert len(set(losses.values())) == 3

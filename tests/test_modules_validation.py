@@ -148,7 +148,7 @@ def test_a_run_holds_out_measures_and_tells(trainer, caplog):  # noqa: F811
     assert [step for step, _ in logged(run)] == [0, run.plan.total_steps]
     assert "held out for validation" in caplog.text and "validation loss" in caplog.text
     assert "epoch 2: loss by timestep:" in caplog.text
-    assert run.checkpoints.metadata["ss_validation_split"] == "0.3"
+    assert run.saver.checkpoints.metadata["ss_validation_split"] == "0.3"
     with pytest.raises(UserError, match="there is nothing to validate on"):
         trainer("--validate_every_n_steps 5")
     for wrong in ("--validation_split 1", "--validation_split 0.1 --validation_timesteps 0"):
