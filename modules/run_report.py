@@ -235,10 +235,14 @@ def _charts(data: RunData) -> str:
 def _saves(data: RunData) -> str:
     if not data.saves:
         return ""
-    table = html_table(
-        ["step", "file"], [[escaped(each.get(name)) for name in ("step", "file")] for each in data.saves]
-    )
-    return f"<details><summary>Files saved: {len(data.saves)}</summary>{table}</details>"
+    there: dict[str, list[str]] = {}
+    for each in data.saves:
+        there.pop(each.get("gives_up"), None)
+        there[each.get("file")] = [escaped(each.get(name)) for name in ("step", "file")]
+    table = html_table(["step", "file"], list(there.values()))
+    gone = sum("gives_up" in each for each in data.saves)
+    rotated = f", {gone} given up for newer ones" if gone else ""
+    return f"<details><summary>Files saved: {len(there)}{rotated}</summary>{table}</details>"
 
 
 def _dataset(dataset: Mapping[str, Any]) -> str:

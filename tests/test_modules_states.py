@@ -246,6 +246,10 @@ def test_states_rotate_as_files_do_and_on_after_a_resumption(trainer):  # noqa: 
         "name-step00000007-state",
         "name-step00000007.safetensors",
     ]
+    page = (folder / "name_report.html").read_text(encoding="utf-8")
+    assert "Files saved: 8, 8 given up for newer ones" in page
+    there = sorted(path.name for path in folder.iterdir() if re.search(r"-state$|\.safetensors$", path.name))
+    assert sorted(re.findall(r"<td>\d+</td><td>(name[^<]*)</td>", page)) == there
 
 
 def test_another_batch_size_goes_on_by_what_has_been_seen(trainer, dataset, tmp_path, caplog):  # noqa: F811
