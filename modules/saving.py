@@ -39,6 +39,12 @@ class Saver:
     def __post_init__(self) -> None:
         options, self.trained = self.plan.options, self.plan.trained
         self.averaging = hasattr(self.optimizer.optimizer, "eval")  # schedule-free: what it trains is not what it means
+        if self.ema and self.averaging:
+            logger.warning(
+                "--ema_decay: %s averages the weights already, and the files hold that average; "
+                "NAME_ema.safetensors is the average of what it trains before that",
+                type(self.optimizer.optimizer).__name__,
+            )
         self.checkpoints = Checkpoints(
             options.saving,
             self.metadata,

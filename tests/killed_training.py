@@ -36,7 +36,8 @@ NAME, EVERY = "name", 3  # steps between states
 OPTIONS = (
     "--task t2v-1.3B --timestep_sampling shift --seed 3 --network_dim 4 --max_data_loader_n_workers 0"
     " --learning_rate 1e-3 --network_dropout 0.2 --lr_scheduler cosine --save_state --save_last_n_steps 12"
-    f" --output_name {NAME} --save_every_n_steps {EVERY}"
+    f" --output_name {NAME} --save_every_n_steps {EVERY} --ema_decay 0.9"
+    " --validation_split 0.2 --validate_every_n_steps 4 --validation_timesteps 2"
 )
 
 
@@ -105,9 +106,9 @@ def kill_at_random(folder: Path, dit: Path, dataset: Path, steps: int, kills: in
 
 
 def _logged(output: Path) -> list[dict]:
-    """Return what a run's log says of its steps, without what no two runs share."""
+    """Return what a run's log says of its steps and validation, without what no two runs share."""
     own = ("time", "seconds", "memory_gb")
-    lines = [line for line in read_log(log_path(output, NAME)) if line["kind"] == "step"]
+    lines = [line for line in read_log(log_path(output, NAME)) if line["kind"] in ("step", "validation")]
     return [{name: value for name, value in line.items() if name not in own} for line in lines]
 
 

@@ -106,6 +106,11 @@ def test_an_average_that_cannot_be_is_refused(trainer, options, line):  # noqa: 
     assert str(error.value) == line
 
 
+def test_an_optimizer_that_averages_by_itself_is_told(trainer, caplog):  # noqa: F811
+    trainer("--optimizer_type tests.test_modules_optimizers.MeanScheduleFree --learning_rate 1e-3 --ema_decay 0.9")
+    assert "--ema_decay: MeanScheduleFree averages the weights already" in caplog.text
+
+
 def test_fine_tuning_refuses_it_in_a_line_with_what_works():
     assert TrainedLora.beside and not TrainedDit.beside
     with pytest.raises(UserError, match="--ema_decay: is not available in fine-tuning, .* lora_post_hoc_ema.py"):
