@@ -12,8 +12,10 @@ progress.json          how far the run is
 manifest.json          the SHA-256 of each of these
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -227,13 +229,13 @@ def states_of(folder: Path | None, name: str | None, before: Path | None = None)
     """Return the states of a run's name in a folder, the newest first; only those older than `before`."""
     if folder is None or not folder.is_dir():
         return []
-    found = [
-        path
-        for path in folder.iterdir()
-        if path.is_dir() and name and path.name.startswith(name) and _ENDING.fullmatch(path.name[len(name) :])
-    ]
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path for path in found if before is None or path.stat().st_mtime < before.stat().st_mtime]
+    saved: dict[Path, float] = {}
+    for path in folder.iterdir():
+        if path.is_dir() and name and path.name.startswith(name) and _ENDING.fullmatch(path.name[len(name) :]):
+            with contextlib.suppress(FileNotFoundError):  # a run that goes on has given it up meanwhile
+                saved[path] = path.stat().st_mtime
+    latest = math.inf if before is None else before.stat().st_mtime
+    return sorted((path for path, time in saved.items() if time < latest), key=saved.get, reverse=True)
 
 
 def why_broken(path: Path) -> str | None:

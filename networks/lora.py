@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +217,7 @@ class LoRANetwork(nn.Module):
         layers = {lora_name(path): layer for path, layer in linear_layers(model).items()}
         self.check({name: (layer.in_features, layer.out_features) for name, layer in layers.items()})
         for name, branch in self.branches():
-            self._restore.append(_attach(layers[name], _Adapted(self, branch, layers[name].forward).forward))
+            self._restore.append(_attach(layers[name], self, branch))
         self._attached.append(model)
 
     def detach(self) -> None:
@@ -269,30 +270,45 @@ class LoRANetwork(nn.Module):
 
 
 class _Adapted:
-    """A layer's forward and the branch beside it.
+    """What an adapted layer holds as `adapted`: how it computes by itself, and the branches beside it."""
 
-    A bound method, because torch.compile then makes the same code serve the layers of all blocks; not so a partial.
+    def __init__(self, layer: nn.Linear):
+        own = self.own = layer.__dict__.get("forward")  # set on the layer, where it is not its class's
+        self.original = type(layer).forward if own is None else lambda layer, x: own(x)
+        self.beside: list[tuple[LoRANetwork, Branch]] = []
+
+
+def _adapted_forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Add the branches' updates to what the layer computes.
+
+    A method of the layer, which holds all that it uses: torch.compile then makes the same code serve all blocks.
     """
+    adapted = layer.adapted
+    updates = [
+        branch(x, network.multiplier)
+        for network, branch in adapted.beside
+        if network.multiplier != 0 and not branch.skipped()
+    ]
+    # The large product comes last: gradient checkpointing, which runs a block again, stops before the very last.
+    y = adapted.original(layer, x)
+    for update in updates:
+        y = update + y
+    return y
 
-    def __init__(self, network: LoRANetwork, branch: Branch, original: Callable[[Tensor], Tensor]):
-        self.network, self.branch, self.original = network, branch, original
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.network.multiplier == 0 or self.branch.skipped():
-            return self.original(x)
-        # The large product comes last: gradient checkpointing, which runs a block again, stops before the very last.
-        return self.branch(x, self.network.multiplier) + self.original(x)
-
-
-def _attach(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Give the layer another forward and return what undoes it, whether its own was its class's or set on it."""
-    own = layer.__dict__.get("forward")
-    layer.forward = forward
+def _attach(layer: nn.Linear, network: LoRANetwork, branch: Branch) -> Callable[[], None]:
+    """Put a branch beside a layer, after those already there, and return what undoes it."""
+    if "adapted" not in layer.__dict__:
+        layer.adapted = _Adapted(layer)
+        layer.forward = MethodType(_adapted_forward, layer)
+    adapted, pair = layer.adapted, (network, branch)
+    adapted.beside.append(pair)
 
     def restore() -> None:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
+        adapted.beside.remove(pair)
+        if not adapted.beside:
+            del layer.adapted, layer.forward
+            if adapted.own is not None:
+                layer.forward = adapted.own
 
     return restore

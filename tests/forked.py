@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
+from tqdm import tqdm
 
 from utils.errors import run_script
 
@@ -20,6 +22,7 @@ def fork(main: Callable[[], None], folder: Path, processes: int) -> tuple[list[i
 
     They have their imports already, which take torchrun's some seconds. What they say goes through files in the folder.
     """
+    tqdm.set_lock(threading.RLock())  # no semaphore, which all would share, and one that is killed never let go of
     for last in (False, True):
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("fork")

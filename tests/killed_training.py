@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -70,6 +71,7 @@ def kill_at_random(folder: Path, dit: Path, dataset: Path, steps: int, kills: in
     tqdm.monitor_interval = 0  # no thread, whose locks a forked process would never get
     if tqdm.monitor:
         tqdm.monitor.exit()
+    tqdm.set_lock(threading.RLock())  # no semaphore, which all would share, and one that is killed never let go of
     for _ in range(2):  # once for what is imported at first use: those that are forked have it then
         started = time.monotonic()
         train([*words, "--output_dir", str(straight), "--save_last_n_steps", str(steps)])
