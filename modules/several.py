@@ -115,7 +115,13 @@ def load_shared(
     """Return the DiT that `load` puts on a device, shared out by all processes.
 
     Where accelerate is to save main memory, the processes of a machine load one after the other.
+    Raises UserError where this torch has no FSDP2 for the device.
     """
+    if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(
+            f"accelerate launch --use_fsdp: torch {torch.__version__} shares out weights on GPUs alone",
+            "leave it out, or install a newer torch",
+        )
     shards = Shards(accelerator.device, reshards(plugin), offloads(plugin) and accelerator.device.type != "cpu")
     turns = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if not plugin.cpu_ram_efficient_loading:

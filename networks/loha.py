@@ -77,7 +77,8 @@ class _HadamardLinear(torch.autograd.Function):
         of_x = grad @ (first * second * ctx.scale).to(grad.dtype) if ctx.needs_input_grad[0] else None
         product = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(first.dtype) * ctx.scale
         of_first, of_second = product * second, product * first
-        return of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second, None
+        # t(), because the compiler of torch 2.6 takes one .T for another here.
+        return of_x, of_first @ w1_b.t(), w1_a.t() @ of_first, of_second @ w2_b.t(), w2_a.t() @ of_second, None
 
 
 create_network = partial(create.create_network, LoHaBranch)

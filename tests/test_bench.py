@@ -12,6 +12,7 @@ from bench.measure import Row, Setting
 from dataset.config import load_config
 from dataset.items import find_sources
 from dataset.media import plan_items
+from tests.test_wan_fp8 import needs_float8_product
 from tests.tiny import state_dict
 from wan.vae import build_vae
 
@@ -80,6 +81,7 @@ def test_rows_are_shown_and_written_as_json(tmp_path, capsys):
     assert [row["name"] for row in written] == ["one", "two"] and written[1]["goal"] is None
 
 
+@needs_float8_product
 def test_ways_of_holding_weights_are_told_apart_by_their_error():
     errors = {name: from_exact for name, from_exact, _ in precision.rows(torch.device("cpu"))}
     bf16 = errors["bf16"]

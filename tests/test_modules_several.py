@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from modules.full_training import FullOptions, TrainedDit
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.run_logs import LoggingOptions
-from modules.several import join, offloads, reshards, sharding
+from modules.several import join, load_shared, offloads, reshards, sharding
 from modules.train_options import ProcessOptions, TrainOptions
 from modules.trainer import Trainer, make_trainer
 from tests.forked import fork, needs_fork
@@ -26,6 +27,9 @@ from tests.test_modules_trainer import BASE
 from utils.errors import UserError
 from utils.options import parse_options
 
+shares_on_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason=f"torch {torch.__version__} has FSDP2 for GPUs alone"
+)
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 TEN = "--max_train_steps 10 --learning_rate 1e-3 --lr_scheduler cosine"
 
@@ -103,7 +107,7 @@ def alone(words, tmp_path_factory) -> Path:
 @needs_fork
 @pytest.mark.parametrize(
     ("environment", "flags"),
-    [({}, ""), (FSDP, "--gradient_checkpointing")],
+    [({}, ""), pytest.param(FSDP, "--gradient_checkpointing", marks=shares_on_cpu)],
     ids=["whole", "shared"],
 )
 def test_two_processes_train_what_one_does_with_the_batch_doubled(words, alone, tmp_path, environment, flags):
@@ -117,6 +121,7 @@ def test_two_processes_train_what_one_does_with_the_batch_doubled(words, alone, 
     assert samples[0] == samples[1] == ["name_000004_00", "name_000008_00", "name_e000000_0"]
 
 
+@shares_on_cpu
 def test_shared_weights_are_parts_of_the_whole_and_what_lies_outside_of_blocks_stays_whole(words, tmp_path):
     def main() -> None:
         os.environ.update(FSDP)
@@ -131,7 +136,7 @@ def test_shared_weights_are_parts_of_the_whole_and_what_lies_outside_of_blocks_s
 
 
 @needs_fork
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["whole", "shared"])
+@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=shares_on_cpu)], ids=["whole", "shared"])
 def test_a_killed_process_ends_the_others_with_a_line(words, tmp_path, environment):
     def main() -> None:
         os.environ.update(environment)
@@ -196,6 +201,12 @@ def test_what_accelerate_is_told_of_either_version_is_understood(monkeypatch, en
         monkeypatch.setenv(name, value)
     plugin = sharding(given(""), TrainedLora(NetworkOptions()), 2)
     assert (reshards(plugin), offloads(plugin)) == (reshard, offload)
+
+
+def test_a_torch_that_shares_on_gpus_alone_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "Stream", object)
+    with pytest.raises(UserError, match="use_fsdp: torch .* shares out weights on GPUs alone. Leave it out, or"):
+        load_shared(pytest.fail, None, SimpleNamespace(device=torch.device("cpu")))
 
 
 def test_strategies_that_are_not_known_are_refused(monkeypatch):

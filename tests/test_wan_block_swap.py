@@ -14,6 +14,7 @@ from utils.safetensors_io import save_file_atomically
 from wan.block_swap import Ring, SwapOptions, check_swap, stream_blocks, streamed_blocks
 from wan.checkpointing import save_memory
 from wan.configs import TASKS
+from wan.fp8 import takes_row_scales
 from wan.loading import load_dit
 from wan.model import WanModel
 from wan.streaming import CpuDevice, CudaDevice
@@ -302,6 +303,8 @@ def test_passes_one_after_the_other_have_gradients(load):
 
 def test_a_block_takes_the_bytes_of_its_weights(load):
     for weights in WEIGHTS:
+        if weights == "fp8_fast" and takes_row_scales(torch.device("cpu")) is None:
+            continue
         model = load(weights)
         state = model.blocks[0].state_dict().values()
         ring = swapped_blocks(model, 1, 1, Counting())

@@ -28,6 +28,11 @@ from wan.fp8 import (
 from wan.loading import build_dit, load_dit
 from wan.model import WanModel
 
+CPU = torch.device("cpu")
+needs_float8_product = pytest.mark.skipif(
+    takes_row_scales(CPU) is None, reason=f"torch {torch.__version__} multiplies no float8 matrices on a CPU"
+)
+
 
 @pytest.fixture
 def loaded(tmp_path):
@@ -188,10 +193,11 @@ def test_rows_are_rounded_as_well_as_their_own_size_allows(product, dtype):
     assert rounded.float().isfinite().all() and rounded.float().abs().amax() <= 448
 
 
+@needs_float8_product
 @pytest.mark.parametrize("row_scales", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_product_of_float8_matrices_is_that_of_the_rounded_numbers(product, row_scales, biased):
-    if row_scales and not takes_row_scales(torch.device("cpu")):
+    if row_scales and not takes_row_scales(CPU):
         pytest.skip(f"torch {torch.__version__} takes no scales of rows on a CPU")
     x, weight, bias = product
     (rounded, x_scale), (held, scale) = round_rows(x), quantize_weight(weight, torch.float32, block=None)
@@ -201,6 +207,7 @@ def test_the_product_of_float8_matrices_is_that_of_the_rounded_numbers(product, 
     assert max(distance(one, other) for one, other in zip(out.T, exact.T, strict=True)) < 0.01
 
 
+@needs_float8_product
 @torch.no_grad()
 def test_inner_blocks_multiply_float8_and_the_first_and_the_last_compute_as_always(loaded):
     weights = tiny.state_dict("dit_t2v", blocks=4)
@@ -227,6 +234,7 @@ def test_a_layer_whose_sizes_the_product_does_not_take_computes_as_always():
     assert not layer.fast and torch.equal(layer(x), expected)
 
 
+@needs_float8_product
 @torch.no_grad()
 def test_float8_weights_of_a_file_are_multiplied_as_they_are(loaded):
     weights = {name: x.to(FLOAT8) if is_quantized(name) else x for name, x in tiny.state_dict("dit_t2v").items()}
@@ -245,7 +253,8 @@ def test_a_card_without_products_of_float8_is_refused_in_one_line(monkeypatch):
     takes_row_scales.cache_clear()
     with pytest.raises(UserError, match="^--fp8_fast: an older card has no product of float8 matrices, which needs"):
         check_fp8_fast(torch.device("cuda"))
-    assert check_fp8_fast(torch.device("cpu")) in (True, False)
+    if takes_row_scales(CPU) is not None:
+        assert check_fp8_fast(CPU) == takes_row_scales(CPU)
     takes_row_scales.cache_clear()
 
 
