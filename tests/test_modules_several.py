@@ -121,6 +121,7 @@ def test_two_processes_train_what_one_does_with_the_batch_doubled(words, alone, 
     assert samples[0] == samples[1] == ["name_000004_00", "name_000008_00", "name_e000000_0"]
 
 
+@needs_fork
 @shares_on_cpu
 def test_shared_weights_are_parts_of_the_whole_and_what_lies_outside_of_blocks_stays_whole(words, tmp_path):
     def main() -> None:
