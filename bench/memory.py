@@ -137,7 +137,7 @@ class Tracker(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self._main = False
         self._whole = {torch.ops.prim.device.default}  # operations that are not made of others
-        if hasattr(aten, "_fused_rms_norm"):  # or only where CUDA has no kernel for them
+        if hasattr(aten, "_fused_rms_norm_backward"):  # or only where CUDA has no kernel for them
             self._whole.add(aten._fused_rms_norm.default)
         self._watched: dict[int, weakref.ref] = {}
 
@@ -200,7 +200,7 @@ def like_cuda() -> contextlib.ExitStack:
     """Return what in its body takes the kernels that CUDA has."""
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
-    if hasattr(aten, "_fused_rms_norm"):  # before torch 2.9 CUDA has none either
+    if hasattr(aten, "_fused_rms_norm_backward"):  # before torch 2.9 CUDA has none either
         stack.enter_context(mock.patch.object(torch, "rms_norm", _rms_norm))
     return stack
 

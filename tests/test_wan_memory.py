@@ -20,7 +20,7 @@ from wan.quantize import NF4Linear
 from wan.streaming import CpuDevice
 
 # Where RMS norm is no kernel of its own, its parts keep a little more than is counted.
-LEAST = 1.0 if hasattr(torch.ops.aten, "_fused_rms_norm") else 0.94
+LEAST = 1.0 if hasattr(torch.ops.aten, "_fused_rms_norm_backward") else 0.94
 MARGIN = 1.6  # how much more than is alive the estimate says at most
 RANK = 8
 
