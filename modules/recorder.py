@@ -137,12 +137,10 @@ class Recorder:
         last: the file at the end, for which room is waited for; UserError where it does not come.
         """
 
-        noted_as = {"file": path.name, **({"gives_up": outdated.name} if outdated else {})}
-
         def written() -> None:
             # Before it is written, so that a state tells the log's length with this very line.
             if kind == STATE and noted:
-                self.log.write("save", step, **noted_as)
+                self.log.write("save", step, file=path.name)
                 self.log.sync()
             write()
 
@@ -152,7 +150,7 @@ class Recorder:
                 tell=partial(self.warn, step),
             )
             if done and kind == FILE:
-                self.log.write("save", step, **noted_as)
+                self.log.write("save", step, file=path.name)
             if done and self.uploads and (kind == FILE or self.plan.options.hub.save_state_to_huggingface):
                 self.uploads.add(path)
         if last and not done:

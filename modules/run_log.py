@@ -8,7 +8,7 @@ step        epoch, loss, average, learning rates as lr/NAME, grad_norm, seconds,
 epoch       epoch, loss: the mean over its batches; the mean errors by timestep, as t0-100
 validation  any numbers by name; each name is a curve of the report
 sample      epoch, files beside the log, prompts, seconds
-save        file; gives_up: an older one, which --save_last_n_* deletes for it
+save        file
 warning     text
 stop, end   seconds of the run; of a stop its state, or the error
 """

@@ -96,7 +96,8 @@ class Reporter:
         if data.warnings:
             rows = [[escaped(line["step"]), escaped(line.get("text", ""))] for line in data.warnings[-50:]]
             body.append(f"<h2>Warnings</h2>{html_table(['step', ''], rows)}")
-        body += [_saves(data), _dataset(data.start.get("dataset", {})), _settings(data.start.get("settings", {}))]
+        body.append(_saves(data, self.log.parent))
+        body += [_dataset(data.start.get("dataset", {})), _settings(data.start.get("settings", {}))]
         return page(f"{name}: training", "".join(body), charts.STYLE + _STYLE, charts.SCRIPT + _SCRIPT)
 
     def _samples(self, samples: Sequence[Mapping[str, Any]]) -> str:
@@ -232,17 +233,15 @@ def _charts(data: RunData) -> str:
     return "".join(drawn)
 
 
-def _saves(data: RunData) -> str:
+def _saves(data: RunData, folder: Path) -> str:
+    """Return a table of the files and states that the run has saved and that are in its folder now."""
     if not data.saves:
         return ""
-    there: dict[str, list[str]] = {}
-    for each in data.saves:
-        there.pop(each.get("gives_up"), None)
-        there[each.get("file")] = [escaped(each.get(name)) for name in ("step", "file")]
-    table = html_table(["step", "file"], list(there.values()))
-    gone = sum("gives_up" in each for each in data.saves)
-    rotated = f", {gone} given up for newer ones" if gone else ""
-    return f"<details><summary>Files saved: {len(there)}{rotated}</summary>{table}</details>"
+    saved = {each.get("file", ""): each for each in data.saves}
+    there = [each for name, each in saved.items() if (folder / name).exists()]
+    table = html_table(["step", "file"], [[escaped(each.get(name)) for name in ("step", "file")] for each in there])
+    gone = f", {len(saved) - len(there)} more are gone" if len(there) < len(saved) else ""
+    return f"<details><summary>Files saved: {len(there)}{gone}</summary>{table}</details>"
 
 
 def _dataset(dataset: Mapping[str, Any]) -> str:

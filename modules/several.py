@@ -48,7 +48,9 @@ def join(options: ProcessOptions) -> PartialState:
     return state
 
 
-def sharding(options: TrainOptions, trained: Trained, processes: int) -> FullyShardedDataParallelPlugin | None:
+def sharding(
+    options: TrainOptions, trained: Trained, processes: int, device: torch.device
+) -> FullyShardedDataParallelPlugin | None:
     """Return how `accelerate launch --use_fsdp` wants the DiT to be shared out; None where it does not.
 
     Raises UserError for what cannot be trained so.
@@ -59,6 +61,11 @@ def sharding(options: TrainOptions, trained: Trained, processes: int) -> FullySh
         logger.warning("accelerate launch --use_fsdp: one process alone has nobody to share the DiT with")
         return None
     launched = "accelerate launch --use_fsdp"
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(
+            f"{launched}: torch {torch.__version__} shares out weights on GPUs alone",
+            "leave it out, or install a newer torch",
+        )
     if not trained.beside:
         raise UserError(
             f"{launched}: shares out weights that stay as they are, fine-tuning changes them",
@@ -115,13 +122,7 @@ def load_shared(
     """Return the DiT that `load` puts on a device, shared out by all processes.
 
     Where accelerate is to save main memory, the processes of a machine load one after the other.
-    Raises UserError where this torch has no FSDP2 for the device.
     """
-    if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-        raise UserError(
-            f"accelerate launch --use_fsdp: torch {torch.__version__} shares out weights on GPUs alone",
-            "leave it out, or install a newer torch",
-        )
     shards = Shards(accelerator.device, reshards(plugin), offloads(plugin) and accelerator.device.type != "cpu")
     turns = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if not plugin.cpu_ram_efficient_loading:

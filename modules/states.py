@@ -210,9 +210,9 @@ def find_state(resume: str | None, folder: Path | None, name: str | None) -> Sta
         return None
     if resume == "latest":
         for path in states_of(folder, name):
-            if why_broken(path) is None:
+            if (reason := why_broken(path)) is None:
                 return read_state(path)
-            logger.warning("%s is passed over: %s", path, why_broken(path))
+            logger.warning("%s is passed over: %s", path, reason)
         raise UserError(f"--resume latest: {folder} holds no complete state of {name}", "leave it out to begin anew")
     path = Path(resume)
     if not path.is_dir():
@@ -254,6 +254,8 @@ def why_broken(path: Path) -> str | None:
                 return f"{name} is not what was saved (its hash differs)"
     except (ValueError, AttributeError):
         return f"{MANIFEST} is damaged"
+    except FileNotFoundError:
+        return "it is gone, given up by a run that goes on"
     return None
 
 

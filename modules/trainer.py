@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 def make_trainer(options: TrainOptions, trained: Trained, logs: LoggingOptions) -> "Trainer":
     """Check everything, load the DiT and return the run, on this process or on one of several that were launched."""
     state = join(options.processes)
-    shared = sharding(options, trained, state.num_processes)
+    shared = sharding(options, trained, state.num_processes, state.device)
     groups = groups_of(options, trained.options, logs)
     hide_secrets(groups)
     tracking = plan_tracking(logs)

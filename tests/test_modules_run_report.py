@@ -57,6 +57,13 @@ def test_the_page_tells_what_the_log_tells_and_needs_nothing(reporter):
     assert not re.search(r"https?://(?!www\.w3\.org)", reporter.html())
 
 
+def test_files_are_those_that_are_there_however_the_others_went(reporter):
+    """The log may have a file that rotation has deleted, or a state whose writing a full disk has ended."""
+    assert "Files saved: 0, 1 more are gone" in reporter.html()
+    (reporter.log.parent / "name.safetensors").touch()
+    assert "Files saved: 1<" in reporter.html()
+
+
 def test_older_samples_become_pictures_where_the_newest_fill_the_page(reporter, monkeypatch):
     newest = sorted((reporter.log.parent / "sample").glob("60_*"))
     monkeypatch.setattr(run_report, "MEDIA_BYTES", sum(path.stat().st_size for path in newest))

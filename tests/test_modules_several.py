@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from modules.full_training import FullOptions, TrainedDit
 from modules.lora_training import NetworkOptions, TrainedLora
 from modules.run_logs import LoggingOptions
-from modules.several import join, load_shared, offloads, reshards, sharding
+from modules.several import join, offloads, reshards, sharding
 from modules.train_options import ProcessOptions, TrainOptions
 from modules.trainer import Trainer, make_trainer
 from tests.forked import fork, needs_fork
@@ -27,6 +26,7 @@ from tests.test_modules_trainer import BASE
 from utils.errors import UserError
 from utils.options import parse_options
 
+GPU = torch.device("cuda")
 shares_on_cpu = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason=f"torch {torch.__version__} has FSDP2 for GPUs alone"
 )
@@ -173,7 +173,7 @@ def test_a_killed_process_ends_the_others_with_a_line(words, tmp_path, environme
 def test_what_cannot_be_had_with_a_shared_dit_is_refused(monkeypatch, flags, line):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError) as error:
-        sharding(given(flags), TrainedLora(NetworkOptions()), 2)
+        sharding(given(flags), TrainedLora(NetworkOptions()), 2, GPU)
     assert str(error.value).startswith(line)
 
 
@@ -185,7 +185,7 @@ def given(flags: str) -> TrainOptions:
 def test_fine_tuning_does_not_share_out_its_weights(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="fine-tuning changes them. Train a LoRA, or use --multi_gpu"):
-        sharding(given(""), TrainedDit(FullOptions()), 2)
+        sharding(given(""), TrainedDit(FullOptions()), 2, GPU)
 
 
 @pytest.mark.parametrize(
@@ -200,26 +200,27 @@ def test_fine_tuning_does_not_share_out_its_weights(monkeypatch):
 def test_what_accelerate_is_told_of_either_version_is_understood(monkeypatch, environment, reshard, offload):
     for name, value in {"ACCELERATE_USE_FSDP": "true", **environment}.items():
         monkeypatch.setenv(name, value)
-    plugin = sharding(given(""), TrainedLora(NetworkOptions()), 2)
+    plugin = sharding(given(""), TrainedLora(NetworkOptions()), 2, GPU)
     assert (reshards(plugin), offloads(plugin)) == (reshard, offload)
 
 
 def test_a_torch_that_shares_on_gpus_alone_is_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(torch.cpu, "Stream", object)
     with pytest.raises(UserError, match="use_fsdp: torch .* shares out weights on GPUs alone. Leave it out, or"):
-        load_shared(pytest.fail, None, SimpleNamespace(device=torch.device("cpu")))
+        sharding(given(""), TrainedLora(NetworkOptions()), 2, torch.device("cpu"))
 
 
 def test_strategies_that_are_not_known_are_refused(monkeypatch):
     for name, value in {"USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}.items():
         monkeypatch.setenv(name if name.startswith("FSDP") else f"ACCELERATE_{name}", value)
     with pytest.raises(UserError, match="Use --fsdp_reshard_after_forward true or false"):
-        sharding(given(""), TrainedLora(NetworkOptions()), 2)
+        sharding(given(""), TrainedLora(NetworkOptions()), 2, GPU)
 
 
 def test_one_process_alone_shares_with_nobody(monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert sharding(given(""), TrainedLora(NetworkOptions()), 1) is None
+    assert sharding(given(""), TrainedLora(NetworkOptions()), 1, GPU) is None
     assert "one process alone has nobody to share the DiT with" in caplog.text
 
 

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from modules import states
 from modules.run_log import read_log
 from modules.states import Progress, find_state, states_of, why_broken, write_state
 from tests.conftest import ROOT
@@ -247,9 +249,38 @@ def test_states_rotate_as_files_do_and_on_after_a_resumption(trainer):  # noqa: 
         "name-step00000007.safetensors",
     ]
     page = (folder / "name_report.html").read_text(encoding="utf-8")
-    assert "Files saved: 8, 8 given up for newer ones" in page
+    assert "Files saved: 8, 8 more are gone" in page
     there = sorted(path.name for path in folder.iterdir() if re.search(r"-state$|\.safetensors$", path.name))
     assert sorted(re.findall(r"<td>\d+</td><td>(name[^<]*)</td>", page)) == there
+
+
+def test_a_state_that_vanishes_meanwhile_is_passed_over(trainer, monkeypatch, caplog):  # noqa: F811
+    run = trainer(f"{HOW} --max_train_steps 3 --save_every_n_steps 1 --save_state")
+    run.run()
+    folder = run.plan.options.saving.output_dir
+    shutil.rmtree(folder / "name-state")
+    newest, before = folder / "name-step00000003-state", folder / "name-step00000002-state"
+    hashed = states.file_hash
+
+    def too_late(path):
+        if path.parent == newest:
+            shutil.rmtree(newest)
+        return hashed(path)
+
+    monkeypatch.setattr(states, "file_hash", too_late)
+    assert find_state("latest", folder, "name").path == before
+    assert f"{newest} is passed over: it is gone" in caplog.text
+
+    stat = Path.stat
+
+    def gone(path, **how):
+        if path == before:
+            raise FileNotFoundError(path)
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # when it was asked
+    assert [path.name for path in states_of(folder, "name")] == ["name-step00000001-state"]
 
 
 def test_another_batch_size_goes_on_by_what_has_been_seen(trainer, dataset, tmp_path, caplog):  # noqa: F811

@@ -1,5 +1,7 @@
 """The low-rank branch and networks of it, held against recorded results and the dense formula."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,34 @@ def test_a_forward_set_on_the_layer_itself_is_wrapped_and_restored():
     torch.testing.assert_close(layer(x), 1 + x @ branch.lora_down.weight.T @ branch.lora_up.weight.T)
     network.detach()
     assert layer.forward is own
+
+
+def test_networks_beside_a_model_are_detached_in_any_order(recipe):
+    model, inputs = _dit(recipe, "t2v"), recipe.cases("lora_t2v")["forward"]["inputs"]
+    networks = [create_network(model, dim=2, alpha=2) for _ in range(3)]
+    for parameter in (parameter for network in networks for parameter in network.parameters()):
+        nn.init.normal_(parameter, std=0.05)
+
+    def velocity() -> torch.Tensor:
+        with torch.no_grad():
+            return _loss(model, inputs)[1]
+
+    alone = {}
+    for count in range(4):
+        for chosen in itertools.combinations(networks, count):
+            for network in chosen:
+                network.attach(model)
+            alone[chosen] = velocity()
+            for network in chosen:
+                network.detach()
+    for order in itertools.permutations(networks):
+        for network in networks:
+            network.attach(model)
+        for done, network in enumerate(order, 1):
+            network.detach()
+            left = tuple(other for other in networks if other not in order[:done])
+            assert torch.equal(velocity(), alone[left])
+        assert not any({"forward", "adapted"} & vars(layer).keys() for layer in linear_layers(model).values())
 
 
 def _block(layer):
