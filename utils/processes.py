@@ -96,8 +96,11 @@ class Processes:
     def leave(self) -> None:
         """Wait for all processes and part from them: each goes on by itself."""
         if self._together:
+            # Held until the group is gone: a thread of the group that lets go of it last needs the GIL, and torch 2.6
+            # waits for that thread without giving the GIL up.
+            met = torch.zeros(1)
             with answered():
-                dist.all_reduce(torch.zeros(1))
+                dist.all_reduce(met)
             dist.destroy_process_group()
             self._together = False
 
