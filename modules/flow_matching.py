@@ -103,26 +103,17 @@ def sample_timesteps(
     return t
 
 
-def sample_one_sided(
-    options: TimestepOptions,
-    boundary: float,
-    count: int,
-    height: int,
-    width: int,
-    generator: torch.Generator,
-    uniforms: Sequence[float] | None = None,
-) -> Tensor:
-    """Return t [count] as sample_timesteps() does, all on the side of a boundary, 0 to 1, that the first one is on.
+def one_sided(t: Tensor, boundary: float, draw: Callable[[int], Tensor]) -> Tensor:
+    """Return t [n], of which those on another side of a boundary, 0 to 1, than the first one are drawn again.
 
-    The others are drawn again until they are: each t of many batches is distributed as if there was no boundary.
+    Until they are there: each t of many batches is distributed as if there was no boundary.
     """
-    t = sample_timesteps(options, count, height, width, generator, uniforms)
     for _ in range(_MAX_REDRAWS):
         high = 1000 * t >= 1000 * boundary  # as the DiT is told, which may be rounded otherwise
         astray = high != high[0]
         if not astray.any():
             return t
-        t[astray] = sample_timesteps(options, int(astray.sum()), height, width, generator)
+        t[astray] = draw(int(astray.sum()))
     # The first one shows what can be drawn there, however seldom.
     return torch.where(astray, t[0], t)
 

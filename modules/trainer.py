@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dataset.loader import Batch, batches_of, make_loader
 from modules.ema import Average
-from modules.flow_matching import noised, sample_one_sided, sample_timesteps
+from modules.flow_matching import noised, one_sided, sample_timesteps
 from modules.gradients import average_gradients
 from modules.losses import flow_loss, loss_weights, sample_errors
 from modules.memory_advice import memory_advised, savings
@@ -290,9 +290,10 @@ class Trainer:
         options, kind, device = self.plan.options.timesteps, self.plan.options.loss, self.accelerator.device
         batch = batch.to(device)
         height, width = batch.latents.shape[-2:]
-        sizes = (len(batch), height, width, self.generator, batch.timesteps)
-        paired, boundary = self.plan.options.pair.dit_high_noise, self.plan.config.boundary
-        t = sample_one_sided(options, boundary, *sizes) if paired else sample_timesteps(options, *sizes)
+        how = height, width, self.generator
+        t = sample_timesteps(options, len(batch), *how, batch.timesteps)
+        if self.plan.options.pair.dit_high_noise:
+            t = one_sided(t, self.plan.config.boundary, lambda count: sample_timesteps(options, count, *how))
         t = t.to(device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(device)
         x_t, velocity = noised(batch.latents, noise, t)

@@ -36,42 +36,32 @@ _PARTS = re.compile(
     r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)$"
 )
 _OTHER_PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-_DIFFUSERS_NAMES = (
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.0$", ".o"),
-    (r"\.to_([qkv])$", r".\1"),
-    (r"\.add_([kv])_proj$", r".\1_img"),
-    (r"\.norm_added_k$", ".norm_k_img"),
-    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
-    (r"\.ffn\.net\.2$", ".ffn.2"),
-    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
-    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
-    (r"^condition_embedder\.time_proj$", "time_projection.1"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
-    (r"^proj_out$", "head.head"),
-)
-# Of linear layers alone: all that diffusers takes.
-_NAMES_IN_DIFFUSERS = (
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"(\.attn\d)\.([qkv])$", r"\1.to_\2"),
-    (r"(\.attn\d)\.o$", r"\1.to_out.0"),
-    (r"(\.attn\d)\.([kv])_img$", r"\1.add_\2_proj"),
-    (r"\.ffn\.0$", ".ffn.net.0.proj"),
-    (r"\.ffn\.2$", ".ffn.net.2"),
-    (r"^text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
-    (r"^text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
-    (r"^time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
-    (r"^time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
-    (r"^time_projection\.1$", "condition_embedder.time_proj"),
-    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
-    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
-    (r"^head\.head$", "proj_out"),
-)
+_BLOCK = re.compile(r"(blocks\.\d+\.)?(.*)")
+_ATTENTION_IN_DIFFUSERS = {
+    **{part: f"to_{part}" for part in "qkv"},
+    "o": "to_out.0",
+    "k_img": "add_k_proj",
+    "v_img": "add_v_proj",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+    "norm_k_img": "norm_added_k",
+}
+# Layers by what follows "blocks.0.", and those outside of blocks.
+_IN_DIFFUSERS = {
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION_IN_DIFFUSERS.items()},
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION_IN_DIFFUSERS.items()},
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "head.head": "proj_out",
+}
+_FROM_DIFFUSERS = {theirs: ours for ours, theirs in _IN_DIFFUSERS.items()}
 
 
 def layer_path(name: str) -> str:
@@ -84,8 +74,9 @@ def detect_format(keys: Sequence[str]) -> str | None:
     """Return "default", "diffusers" or "other", whichever most LoRA keys have; None when there is none."""
     counts = dict.fromkeys(("default", "other", "diffusers"), 0)
     for key in keys:
-        if _PARTS.search(key):
-            foreign = "other" if _official(_unprefixed(key)) == _unprefixed(key) else "diffusers"
+        if part := _PARTS.search(key):
+            stem = _unprefixed(key[: part.start()])
+            foreign = "other" if _renamed(stem, _FROM_DIFFUSERS) == stem else "diffusers"
             counts["default" if key.startswith(PREFIX) else foreign] += 1
     return max(counts, key=counts.__getitem__) if any(counts.values()) else None
 
@@ -128,7 +119,7 @@ def read_layers(state_dict: Mapping[str, Tensor], name: str = "LoRA") -> Layers:
             foreign.append(key)
             continue
         stem = key[: part.start()]
-        path = layer_path(stem) if key.startswith(PREFIX) else _official(_unprefixed(stem))
+        path = layer_path(stem) if key.startswith(PREFIX) else _renamed(_unprefixed(stem), _FROM_DIFFUSERS)
         layers.setdefault(path, {})[_default_part(part[1])] = tensor
     layers = {path: parts for path, parts in layers.items() if set(parts) - {"alpha"}}
     if not layers:
@@ -147,14 +138,10 @@ def _unprefixed(key: str) -> str:
     return key
 
 
-def _official(path: str) -> str:
-    return _renamed(path, _DIFFUSERS_NAMES)
-
-
-def _renamed(path: str, table: Sequence[tuple[str, str]]) -> str:
-    for pattern, name in table:
-        path = re.sub(pattern, name, path)
-    return path
+def _renamed(path: str, names: Mapping[str, str]) -> str:
+    """Return a layer's path with another name behind the number of its block; names that are not known stay."""
+    block, name = _BLOCK.fullmatch(path).groups("")
+    return block + names.get(name, name)
 
 
 def _default_part(part: str) -> str:
@@ -209,7 +196,7 @@ def to_diffusers(
                 f"{name}: {path}.{foreign[0]}: diffusers loads plain LoRAs alone",
                 "use --target other, or the file as it is",
             )
-        layer = _renamed(path, _NAMES_IN_DIFFUSERS)
+        layer = _renamed(path, _IN_DIFFUSERS)
         for part, tensor in _alpha_folded_in(parts, f"{name}: {path}").items():
             converted[f"{start}{layer}.{_OTHER_PARTS[part]}"] = tensor
     return converted

@@ -53,6 +53,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
 
 
+@pytest.fixture
+def nothing_loads(monkeypatch) -> None:
+    """Fail the test where a model is loaded: what is wrong is told before."""
+    for name in (
+        "trainer.load_dit",
+        "generation.load_text_encoder",
+        "conditions.load_clip",
+        "generation_options.load_dit",
+        "generation_options.load_vae",
+    ):
+        monkeypatch.setattr(f"modules.{name}", lambda *given, name=name, **more: pytest.fail(f"{name} was called"))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder with recorded inputs and outputs of the original implementations."""

@@ -43,16 +43,8 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def plan(models, pictures, monkeypatch, tmp_path):
+def plan(models, pictures, nothing_loads, monkeypatch, tmp_path):
     """Check a command line of a task: what it needs, with the given options in their place; None leaves one out."""
-
-    def loaded(*arguments, **more):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("modules.generation.load_text_encoder", loaded)
-    monkeypatch.setattr("modules.conditions.load_clip", loaded)
-    for name in ("load_dit", "load_vae"):
-        monkeypatch.setattr(f"modules.generation_options.{name}", loaded)
 
     def run(of, **options):
         config = TASKS[of]

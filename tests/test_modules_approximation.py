@@ -109,8 +109,7 @@ def test_frames_are_compared_where_they_are_decoded(make, tmp_path):
     assert "frames PSNR inf dB" in text and "6 of 6 steps computed" in text
 
 
-def test_what_is_not_known_of_the_weights_is_said_before_anything_loads(make, monkeypatch):
-    monkeypatch.setattr("modules.generation.load_text_encoder", lambda *arguments: pytest.fail("too late"))
+def test_what_is_not_known_of_the_weights_is_said_before_anything_loads(make, nothing_loads):
     with pytest.raises(
         UserError, match="--step_cache teacache: its polynomial is not known for a model of other sizes"
     ):

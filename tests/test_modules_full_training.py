@@ -329,8 +329,7 @@ def test_samples_show_the_dit_in_training_and_do_not_change_the_run(trainer, mod
         ("--network_dim 4", "--network_dim: unknown option."),
     ],
 )
-def test_wrong_options_are_refused_in_one_line_before_the_model_loads(trainer, monkeypatch, options, line):
-    monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+def test_wrong_options_are_refused_in_one_line_before_the_model_loads(trainer, nothing_loads, options, line):
     with pytest.raises(UserError) as error:
         trainer(options)
     assert str(error.value).startswith(line)

@@ -132,8 +132,7 @@ def test_training_with_uploads_beside_it_leaves_the_same_files_there(trainer, hu
         ("--resume_from_huggingface --resume me/it/a:b:modul", "modul is no type of repository. Did you mean 'model'?"),
     ],
 )
-def test_what_is_wrong_is_refused_before_the_model_loads(trainer, hub, monkeypatch, options, line):  # noqa: F811
-    monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+def test_what_is_wrong_is_refused_before_the_model_loads(trainer, hub, nothing_loads, options, line):  # noqa: F811
     with pytest.raises(UserError) as error:
         trainer(options)
     assert line in str(error.value) and "wrong" not in str(error.value).partition("cannot be reached")[2]

@@ -161,8 +161,7 @@ def test_what_is_wrong_in_a_prompt_file_is_named(tmp_path, name, text, line):
         ("--sample_prompts nowhere.txt --sample_at_first", "--sample_prompts nowhere.txt: no such file."),
     ],
 )
-def test_samples_that_are_impossible_are_refused_before_the_model_loads(trainer, monkeypatch, options, line):
-    monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+def test_samples_that_are_impossible_are_refused_before_the_model_loads(trainer, nothing_loads, options, line):
     with pytest.raises(UserError) as error:
         trainer(options)
     assert str(error.value).startswith(line)

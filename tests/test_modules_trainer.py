@@ -414,8 +414,7 @@ def test_every_task_hands_its_conditions_to_the_dit(models, task, dit, pictures,
         ("--network_weights DIT", "--network_weights DIT: "),
     ],
 )
-def test_wrong_options_are_refused_in_one_line_before_the_model_loads(trainer, models, monkeypatch, options, line):
-    monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+def test_wrong_options_are_refused_in_one_line_before_the_model_loads(trainer, models, nothing_loads, options, line):
     with pytest.raises(UserError) as error:
         trainer(options.replace("DIT", models["dit_t2v"].as_posix()))
     assert str(error.value).replace(str(models["dit_t2v"]), "DIT").startswith(line)

@@ -125,8 +125,7 @@ def test_a_folder_and_a_picture_are_videos_too(generate, tmp_path):
     assert (folder.shape, picture.shape) == ((16, 2, 4, 6), (16, 1, 4, 6)) and np.isfinite(picture.numpy()).all()
 
 
-def test_what_cannot_be_is_told_before_a_model_loads(generate, video, tmp_path, monkeypatch):
-    monkeypatch.setattr("modules.generation.load_text_encoder", lambda *arguments: pytest.fail("too late"))
+def test_what_cannot_be_is_told_before_a_model_loads(generate, video, tmp_path, nothing_loads):
     (tmp_path / "no.mp4").write_text("nothing")
     for options, line in (
         ({"video_path": video, "strength": 1.2}, "--strength 1.2: must be from 0 to 1"),

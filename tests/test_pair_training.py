@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modules.flow_matching import TimestepOptions, sample_one_sided, sample_timesteps
+from modules.flow_matching import TimestepOptions, one_sided, sample_timesteps
 from tests import tiny
 from tests.test_modules_trainer import _lora, _metadata, trainer  # noqa: F401
 from utils.errors import UserError
@@ -129,6 +129,13 @@ def test_samples_are_made_with_both_models(pair, models, calls, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- timesteps
+def sided(options, boundary, count, generator, uniforms=None):
+    def draw(count, uniforms=None):
+        return sample_timesteps(options, count, 32, 32, generator, uniforms)
+
+    return one_sided(draw(count, uniforms), boundary, draw)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -141,7 +148,7 @@ def test_samples_are_made_with_both_models(pair, models, calls, tmp_path):
 )
 def test_sides_do_not_change_how_timesteps_are_distributed(options):
     options, generator = TimestepOptions(**options), torch.Generator().manual_seed(0)
-    batches = [sample_one_sided(options, 0.6, 3, 32, 32, generator) for _ in range(2500)]
+    batches = [sided(options, 0.6, 3, generator) for _ in range(2500)]
     assert all(len({bool(t >= 0.6) for t in batch}) == 1 for batch in batches)
     free = sample_timesteps(options, 50_000, 32, 32, generator).sort().values
     for column in torch.stack(batches).T:
@@ -154,17 +161,16 @@ def test_sides_do_not_change_how_timesteps_are_distributed(options):
 
 def test_a_side_that_is_hardly_ever_drawn_is_kept_to():
     options = TimestepOptions(timestep_sampling="sigmoid", sigmoid_scale=0.01)
-    t = sample_one_sided(options, 0.9, 4, 32, 32, torch.Generator().manual_seed(0), uniforms=[1 - 1e-9, 0.5, 0.1, 0.9])
-    low = sample_one_sided(options, 0.9, 2, 32, 32, torch.Generator().manual_seed(0), uniforms=[0.5, 0.5])
+    t = sided(options, 0.9, 4, torch.Generator().manual_seed(0), [1 - 1e-9, 0.5, 0.1, 0.9])
+    low = sided(options, 0.9, 2, torch.Generator().manual_seed(0), [0.5, 0.5])
     assert len(t) == 4 and (low < 0.9).all() and len({bool(value >= 0.9) for value in t}) == 1
     rare = TimestepOptions(timestep_sampling="uniform")
-    t = sample_one_sided(rare, 0.9999999, 3, 32, 32, torch.Generator().manual_seed(0), uniforms=[0.99999999, 0.5, 0.1])
+    t = sided(rare, 0.9999999, 3, torch.Generator().manual_seed(0), [0.99999999, 0.5, 0.1])
     assert t.tolist() == [1.0, 1.0, 1.0]
 
 
 # ----------------------------------------------------------------------------------------------------------- refused
-def test_what_cannot_be_is_told_before_a_model_loads(pair, trainer, models, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("modules.trainer.load_dit", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+def test_what_cannot_be_is_told_before_a_model_loads(pair, trainer, models, tmp_path, nothing_loads):  # noqa: F811
     save_file(tiny.state_dict("dit_t2v", blocks=1), tmp_path / "small.safetensors", {"num_heads": "3"})
     for options, line in (
         ("--max_timestep 800", "--max_timestep 800: nothing is left for the high-noise model, from 875 on"),
