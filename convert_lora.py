@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from networks.formats import detect_format, read_lora, to_default, to_diffusers, to_other, with_hashes
-from utils.errors import UserError, run_script
-from utils.files import require_writable_folder
+from utils.errors import run_script
+from utils.files import require_safetensors_output
 from utils.options import option, parse_options
 from utils.safetensors_io import save_file_atomically
 
@@ -38,11 +38,7 @@ class ConversionOptions:
 
 def main() -> None:
     (options,) = parse_options(__doc__, ConversionOptions)
-    if options.output.suffix.lower() != ".safetensors":
-        raise UserError(f"--output {options.output}: not a .safetensors file", "give the name the suffix .safetensors")
-    if options.output.is_dir():
-        raise UserError(f"--output {options.output}: is a folder, not a file", "name a file in it")
-    require_writable_folder(options.output.parent, "--output")
+    require_safetensors_output(options.output, "--output")
     state_dict, metadata = read_lora(options.input, "--input")
     name = f"--input {options.input}"
     if options.target == "default":

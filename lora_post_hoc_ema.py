@@ -12,7 +12,7 @@ from pathlib import Path
 
 from networks.post_hoc_ema import AverageOptions, average, shares, weights
 from utils.errors import UserError, run_script
-from utils.files import require_file, require_writable_folder
+from utils.files import require_file, require_safetensors_output
 from utils.options import option, parse_options
 from utils.safetensors_io import save_file_atomically
 
@@ -46,15 +46,11 @@ def main() -> None:
 
 def check_output(output: Path, paths: list[Path]) -> None:
     """Raise UserError for an output that cannot be written, or is one of the inputs."""
-    if output.suffix.lower() != ".safetensors":
-        raise UserError(f"--output_file {output}: not a .safetensors file", "give the name the suffix .safetensors")
-    if output.is_dir():
-        raise UserError(f"--output_file {output}: is a folder, not a file", "name a file in it")
+    require_safetensors_output(output, "--output_file")
     if output.exists():
         if any(output.samefile(path) for path in paths):
             raise UserError(f"--output_file {output}: is one of the files to average", "choose another name")
         logger.warning("--output_file %s: is replaced", output)
-    require_writable_folder(output.absolute().parent, "--output_file")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class DatasetConfig:
     bucket_no_upscale: bool = False
     control_directory: Path | None = None
     mask_directory: Path | None = None  # white counts in the loss, black does not
+    alpha_mask: bool = False  # of pictures: what their alpha channel hides does not count in the loss
     mask_min_weight: float = 0.0  # that black has all the same
     is_reg: bool = False  # of what the model is to keep as it is, beside what it is to learn
     prior_weight: float = 1.0  # that the loss of its batches is multiplied by
@@ -68,7 +69,6 @@ class ImageConfig(DatasetConfig):
     image_jsonl_file: Path | None = None
     fp_1f_clean_indices: tuple[int, ...] | None = None  # one-frame: the latent frames of the control pictures
     fp_1f_target_index: int | None = None  # one-frame: the latent frame of the picture itself
-    alpha_mask: bool = False  # what a picture's alpha channel hides does not count in the loss
     no_resize_control: bool = False  # control pictures are cut to multiples of 16, but not scaled
     control_resolution: tuple[int, int] | None = None  # width, height: the area of control pictures
 
@@ -128,10 +128,16 @@ def dataset_metadata(config: DatasetConfig) -> dict[str, Any]:
         "bucket_no_upscale": config.bucket_no_upscale,
         "has_control": config.control_directory is not None,
     }
-    more = ("caption_prefix", "caption_dropout", "multiple_captions", "mask_min_weight", "is_reg", "prior_weight")
+    more = (
+        "caption_prefix",
+        "caption_dropout",
+        "multiple_captions",
+        "mask_min_weight",
+        "is_reg",
+        "prior_weight",
+        "alpha_mask",
+    )
     entry.update({name: value for name in more if (value := getattr(config, name)) != getattr(DatasetConfig, name)})
-    if getattr(config, "alpha_mask", False):
-        entry["alpha_mask"] = True
     for name in (f"{config.kind}_directory", f"{config.kind}_jsonl_file", "control_directory", "mask_directory"):
         if (value := getattr(config, name)) is not None:
             entry[name] = Path(value).name

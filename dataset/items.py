@@ -229,7 +229,7 @@ def _with_masks(sources: list[Source], config: DatasetConfig) -> list[Source]:
 
 def _marked(sources: list[Source], config: DatasetConfig, where: str) -> list[Source]:
     """Return the media files of a dataset that has masks marked as such; one without its own is named in a warning."""
-    alpha = getattr(config, "alpha_mask", False)
+    alpha = config.alpha_mask
     without = [source.path for source in sources if source.mask is None]
     if len(without) == len(sources) and not alpha:
         if config.mask_directory is None or config.jsonl_file:

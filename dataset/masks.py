@@ -16,7 +16,7 @@ from dataset.items import IMAGE_SUFFIXES, Source
 
 def is_masked(config: DatasetConfig) -> bool | None:
     """Tell whether training weighs a dataset's examples by masks; None: of a list those whose caches have one."""
-    if getattr(config, "alpha_mask", False):
+    if config.alpha_mask:
         return True
     return None if config.jsonl_file else config.mask_directory is not None
 
@@ -38,7 +38,7 @@ def still_mask(source: Source, config: DatasetConfig, size: tuple[int, int]) -> 
         require_shape(source, (mask.shape[1], mask.shape[0]), size)
         return mask if mask.shape == size[::-1] else cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
     alpha = None
-    if getattr(config, "alpha_mask", False):
+    if config.alpha_mask:
         with readable(source.path):
             alpha = load_alpha(source.path)
     return np.full(size[::-1], 255, np.uint8) if alpha is None else alpha

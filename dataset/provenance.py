@@ -82,7 +82,7 @@ class Making:
         """Return what mask an example has: a file, the alpha channel of its picture, or none, so that all counts."""
         if source.mask is not None:
             return self._file(config, source.mask)
-        return "alpha" if getattr(config, "alpha_mask", False) else "none"
+        return "alpha" if config.alpha_mask else "none"
 
     def record_text(self, config: DatasetConfig, of: Source | Text) -> Record:
         """Return what the text cache of a media file, or of another text, says of how it was made."""

@@ -45,8 +45,10 @@ def changed_captions(data: CachedDataset) -> list[Path]:
         names = {item: media_name(config, item.latents) for item in items if item.caption is not None}
         now = captions_now(config, set(names.values()))
         for item, name in names.items():
-            first, *more = now.get(name, [item.caption.strip()])
-            others = tuple(extra_text_path(config, each) for each in more) if name in now else item.more_texts
+            if name not in now:
+                continue
+            first, *more = now[name]
+            others = tuple(extra_text_path(config, each) for each in more)
             if (first, others) != (item.caption.strip(), item.more_texts):
                 changed.append(item.latents)
     return changed

@@ -28,14 +28,13 @@ from dataset.media import (
     require_fitting_controls,
     resample,
 )
-from modules.latent_caching import require_last_frames, require_one_frame_keys
+from modules.latent_caching import HEADER, latent_bytes, require_last_frames, require_one_frame_keys
 from modules.pages import thumbnail
 from utils.options import option
 
 logger = logging.getLogger(__name__)
 
 THUMBNAIL = 192  # pixels of the longer side
-HEADER = 600  # bytes of a cache file beside its tensors, about
 # Pixels of all frames that the VAE encodes in a second on an H100 in bf16. Decoding is measured (docs/memory.md: 1.6 s
 # for 81 frames of 832x480); encoding takes about 0.6 of its operations.
 ENCODED_PER_SECOND = 81 * 832 * 480 / (0.6 * 1.6)
@@ -248,7 +247,7 @@ def _examine_file(
 ) -> FileReport:
     file: dict[str, Any] = {"path": source.path, "caption": "\n".join((source.caption, *source.more_captions))}
     notes = [] if source.caption else ["the caption is empty"]
-    if source.masked and source.mask is None and not getattr(config, "alpha_mask", False):
+    if source.masked and source.mask is None and not config.alpha_mask:
         notes.append("no mask: all of it counts")
     try:
         if isinstance(config, VideoConfig):
@@ -320,19 +319,8 @@ def _clip_report(
     pictures = [clip.pixels[0], clip.pixels[-1], *(control[0] for control in clip.controls)] if thumbnails else []
     first, last, *controls = (thumbnail(picture, THUMBNAIL) for picture in pictures) if thumbnails else (b"", b"")
     mask = thumbnail(clip.mask[0], THUMBNAIL) if thumbnails and clip.mask is not None else b""
-    size = _latent_bytes(item, len(clip.controls), names, dtype, shown)
+    size = latent_bytes(item, len(clip.controls), names, dtype, shown)
     return ClipReport(item, latent_path(config, item), size, first, last, tuple(controls), mask)
-
-
-def _latent_bytes(item: DatasetItem, controls: int, names: Sequence[str], dtype: torch.dtype, shown: int) -> int:
-    """Return the size of a latent cache file in bytes: of its tensors, and about that of its header."""
-    one_frame = "f_indices" in names
-    frames = controls + 1 if one_frame else (item.frames - 1) // 4 + 1
-    channels = 16 + (20 if "latents_image" in names else 0) + (16 if controls and not one_frame else 0)
-    latents = channels * frames * (item.height // 8) * (item.width // 8) * dtype.itemsize
-    features = 257 * 1280 * 2 * (controls if one_frame else shown) if "clip" in names else 0
-    mask = 4 * frames * (item.height // 8) * (item.width // 8) * item.source.masked
-    return latents + mask + features + (4 * frames if one_frame else 0) + HEADER
 
 
 def _text_bytes(caption: str) -> int:

@@ -17,7 +17,7 @@ from modules.approximation import Approximation
 from modules.conditions import Condition, encode_conditions, encode_pictures
 from modules.generation_options import Models, SamplingOptions
 from modules.guidance import Scale, guidance_pattern, guided, predictions, scale_at
-from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent
+from modules.outputs import LATENT_CHANNELS, OutputOptions, Result, frame_writer, save_latent, tell_written
 from modules.prompts import Request
 from modules.resuming import Failures, left_to_make
 from modules.sizes import decoded_frame_count, denoised_frames, latent_size, output_size, wanted_frames
@@ -328,9 +328,8 @@ def kept_on_failure(
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk is what has failed already
             for latent, result in list(zip(latents, results, strict=False))[len(decoded) :]:
-                named = result.files.video or result.files.images
-                if latent is not None and named and not (result.files.latent or result.waiting):
-                    path = named.with_name(f"{named.stem}_latent.safetensors")
+                if latent is not None and not (result.files.latent or result.waiting):
+                    path = result.files.beside("_latent.safetensors")
                     save_latent(path, latent, result.metadata)
                     logger.warning("not decoded, but kept: continue with --latent_path %s", path)
         raise
@@ -356,6 +355,7 @@ def decode_all(
                     for frame in as_frames(pixels[0], 16 if ten_bit else 8):
                         write(frame)
                         progress.update()
+            tell_written(result.files, result.frames)
             decoded.append(result)
             if result.waiting:
                 result.waiting.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.options import option, suggest
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,4 @@ class Uploads:
 
 
 def reason(error: BaseException, options: HubOptions) -> str:
-    """Return the first line of an error, without the token."""
-    line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".") or type(error).__name__
-    return line.replace(options.huggingface_token, "...") if options.huggingface_token else line
+    return first_line(error, options.huggingface_token, 200).rstrip(".")

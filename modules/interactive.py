@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from modules.clips import count_frames
 from modules.generation import generate
 from modules.generation_options import Loaded, Models, SamplingOptions
@@ -136,7 +134,7 @@ class KeptModels(Models):
             for model in _on_device(self.loaded[name]):
                 park(model, parking_device(self.device, self.swap))
         elif not _swapped(self.loaded[name]):
-            _module(self.loaded[name]).to("cpu")
+            self.loaded[name].model.to("cpu")
         self.parked.add(name)
 
     def _come(self, name: str) -> None:
@@ -145,7 +143,7 @@ class KeptModels(Models):
             for model in _on_device(self.loaded[name]):
                 fetch(model, parking_device(self.device, self.swap))
         elif not _swapped(self.loaded[name]):
-            _module(self.loaded[name]).to(self.device)
+            self.loaded[name].model.to(self.device)
         self.parked.discard(name)
 
 
@@ -154,10 +152,6 @@ def _on_device(dit: WanModel | DitPair) -> list[WanModel]:
     if not isinstance(dit, DitPair):
         return [dit]
     return [dit.current] if dit.offload else dit.models
-
-
-def _module(encoder: Any) -> nn.Module:
-    return encoder.model
 
 
 def _swapped(encoder: Any) -> bool:

@@ -30,6 +30,8 @@ from utils.processes import Processes
 logger = logging.getLogger(__name__)
 _Job = tuple[DatasetConfig, Source]
 
+HEADER = 600  # bytes of a cache file beside its tensors, about
+
 
 def cache_latents(
     configs: Sequence[DatasetConfig],
@@ -247,15 +249,18 @@ class _Examples:
                 self.making.media.look(path, step)
 
     def bytes(self, item: DatasetItem) -> int:
-        """Return about how large the cache file of an example becomes."""
-        controls = len(self.source.controls)
-        frames = controls + 1 if self.one_frame else (item.frames + 3) // 4
-        channels = 16 + 20 * ("latents_image" in self.names) + 16 * ("latents_control" in self.names)
-        pictures = controls if self.one_frame else len(self.images)
-        features = 257 * 1280 * 2 * ("clip" in self.names) * pictures
-        places = frames * (item.height // 8) * (item.width // 8)
-        mask = 4 * places * self.source.masked
-        return channels * places * self.dtype.itemsize + mask + features + 1500
+        return latent_bytes(item, len(self.source.controls), self.names, self.dtype, len(self.images))
+
+
+def latent_bytes(item: DatasetItem, controls: int, names: Sequence[str], dtype: torch.dtype, shown: int) -> int:
+    """Return the size of a latent cache file in bytes: of its tensors, and about that of its header."""
+    one_frame = "f_indices" in names
+    frames = controls + 1 if one_frame else (item.frames - 1) // 4 + 1
+    channels = 16 + (20 if "latents_image" in names else 0) + (16 if controls and not one_frame else 0)
+    latents = channels * frames * (item.height // 8) * (item.width // 8) * dtype.itemsize
+    features = 257 * 1280 * 2 * (controls if one_frame else shown) if "clip" in names else 0
+    mask = 4 * frames * (item.height // 8) * (item.width // 8) * item.source.masked
+    return latents + mask + features + (4 * frames if one_frame else 0) + HEADER
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import torch
 from modules.disk import moment_bytes
 from modules.preflight import Plan
 from utils.devices import free_memory
-from utils.errors import UserError
-from wan.auto_swap import ran_out_of_memory, short
+from wan.auto_swap import not_enough_memory, ran_out_of_memory
 from wan.block_swap import slots_for
 from wan.loading import block_linears
 from wan.memory import step_bytes, weight_bytes
@@ -84,9 +83,5 @@ def memory_advised(plan: Plan) -> Iterator[None]:
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        swapped = plan.options.swap.blocks_to_swap
-        given = f" with --blocks_to_swap {swapped}" if swapped else ""
-        raise UserError(
-            f"not enough GPU memory{given} ({short(str(error))})",
-            f"{savings(plan)}; docs/memory.md lists what saves how much",
-        ) from None
+        fix = f"{savings(plan)}; docs/memory.md lists what saves how much"
+        raise not_enough_memory(error, plan.options.swap.blocks_to_swap, fix) from None

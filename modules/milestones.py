@@ -2,7 +2,6 @@
 
 import bisect
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,7 +70,7 @@ class Ahead:
     """How many milestones of each kind are left after a step."""
 
     def __init__(self, planned: Sequence[Milestone]):
-        kinds = Counter(each.kind for each in planned)
+        kinds = {each.kind for each in planned}
         self._steps = {kind: sorted(each.step for each in planned if each.kind == kind) for kind in kinds}
 
     def after(self, step: int) -> dict[str, int]:

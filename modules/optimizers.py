@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.options import option, suggest
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def check_optimizer(
         optimizer.step()
     except Exception as error:
         raise UserError(
-            f"--optimizer_type {options.optimizer_type}: cannot run on {device} ({_first_line(error)})",
+            f"--optimizer_type {options.optimizer_type}: cannot run on {device} ({first_line(error)})",
             "use --optimizer_type AdamW",
         ) from error
     return name.partition("(")[0]
@@ -143,7 +143,7 @@ def make_optimizer(
         optimizer = kind([dict(group) for group in groups], lr=rate, **arguments | kernels)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--optimizer_type {options.optimizer_type}: {kind.__name__} refuses its arguments ({_first_line(error)})",
+            f"--optimizer_type {options.optimizer_type}: {kind.__name__} refuses its arguments ({first_line(error)})",
             "check --optimizer_args and --learning_rate",
         ) from error
     described = ",".join(f"{name}={value}" for name, value in arguments.items())
@@ -244,14 +244,14 @@ def _schedule_of_class(options: OptimizerOptions, optimizer: Optimizer) -> LRSch
     except (ImportError, AttributeError) as error:
         known = [word for word in dir(torch.optim.lr_scheduler) if word[0].isupper()]
         fix = suggest(class_name, known) or "a class of torch.optim.lr_scheduler, or a dotted path"
-        raise UserError(f"--lr_scheduler_type {name}: unknown ({_first_line(error)})", fix) from None
+        raise UserError(f"--lr_scheduler_type {name}: unknown ({first_line(error)})", fix) from None
     if not (isinstance(kind, type) and issubclass(kind, LRScheduler)) or kind is ReduceLROnPlateau:
         raise UserError(f"--lr_scheduler_type {name}: is no schedule that goes by steps alone", "use another class")
     try:
         return kind(optimizer, **parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args"))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--lr_scheduler_type {name}: refuses its arguments ({_first_line(error)})", "check --lr_scheduler_args"
+            f"--lr_scheduler_type {name}: refuses its arguments ({first_line(error)})", "check --lr_scheduler_args"
         ) from None
 
 
@@ -290,7 +290,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     except (ImportError, OSError, RuntimeError) as error:
         package = module_name.split(".")[0]
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
-        why = f"{package} is not installed" if missing else f"{module_name} cannot be imported ({_first_line(error)})"
+        why = f"{package} is not installed" if missing else f"{module_name} cannot be imported ({first_line(error)})"
         raise UserError(f"--optimizer_type {name}: {why}", f"pip install {package}, or use AdamW") from None
     except AttributeError:
         known = [*_NAMES, *(word for word in dir(torch.optim) if word[0].isupper())]
@@ -299,7 +299,3 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise UserError(f"--optimizer_type {name}: {path} is no optimizer class", "use AdamW or AdamW8bit")
     return kind
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

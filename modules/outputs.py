@@ -238,6 +238,10 @@ def frame_writer(
             written += 1
 
         yield write
+
+
+def tell_written(files: Files, frames: int) -> None:
+    """Name the files of a result on the console."""
     for path in filter(None, (files.video, files.images)):
         logger.info("wrote %s", path if frames == 1 or path == files.video else path.with_stem(f"{path.stem}_*"))
 

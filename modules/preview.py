@@ -14,7 +14,7 @@ from dataset.config import DatasetConfig
 from dataset.decoding import MediaError
 from dataset.items import Source, find_sources
 from dataset.media import FPS, Clip, read_clips, require_fitting_controls, resize_to_bucket
-from modules.outputs import Files, frame_writer
+from modules.outputs import Files, frame_writer, tell_written
 from utils.errors import UserError
 from utils.options import option
 
@@ -89,6 +89,7 @@ def _as_files(config: DatasetConfig, options: PreviewOptions) -> Show:
             with frame_writer(files, len(pixels), FPS, None) as write:
                 for frame in pixels:
                     write(frame)
+            tell_written(files, len(pixels))
         return ""
 
     return show

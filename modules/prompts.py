@@ -223,8 +223,9 @@ def read_requests(options: PromptOptions, config: WanConfig) -> list[Request]:
 
 def _seed_of(line: str, seen: Counter[str]) -> int:
     """Return a seed that is the same in every run, and another one for each time that a line is there."""
+    line = line.strip()
     seen[line] += 1
-    return int.from_bytes(hashlib.sha256(f"{seen[line]} {line.strip()}".encode()).digest()[:4], "little")
+    return int.from_bytes(hashlib.sha256(f"{seen[line]} {line}".encode()).digest()[:4], "little")
 
 
 def line_options(line: dict[str, Any], options: PromptOptions) -> PromptOptions:

@@ -25,10 +25,12 @@ from modules.run_log import RunLog, log_path, read_log
 from modules.run_report import Reporter
 from modules.settings import groups_of, told
 from modules.states import States
+from modules.timestep_bins import in_words
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_BETWEEN = 60.0  # seconds between two epochs whose losses the console has: short ones would fill it
 _PATIENCE = 5 * 3600.0  # seconds to wait for room for the last file; the other processes wait for six hours
 
 
@@ -44,7 +46,7 @@ class Recorder:
         self.uploads = Uploads(hub, self._warn) if first and hub.huggingface_repo_id else None
         self._step = 0
         self.bar: RunBar | None = None
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
 
     def start(self, **facts: Any) -> None:
         """Begin the log, or go on with it; facts: more of the run for its first line."""
@@ -105,6 +107,14 @@ class Recorder:
             seconds=round(seconds, 4),
             memory_gb=round(self._memory() / 1e9, 3),
         )
+
+    def epoch(self, step: int, epoch: int, loss: float, means: Mapping[str, float]) -> None:
+        """Note the losses of an epoch, all and by timestep; the console has those of one a minute, and of the last."""
+        self.log.write("epoch", step, epoch=epoch, loss=loss, **means)
+        now = time.monotonic()
+        if epoch == self.plan.epochs or now - self._told >= _BETWEEN:
+            self._told = now
+            logger.info("epoch %d: loss by timestep: %s", epoch, in_words(means))
 
     def samples(
         self, step: int, epoch: int | None, files: Sequence[Path], prompts: Sequence[str], began: float

@@ -58,12 +58,10 @@ def stem_of(file: Path, described: Mapping[str, Any]) -> str:
 
 def with_latents_kept(results: Sequence[Result]) -> list[Result]:
     """Return results whose latents are files until they are decoded: a stopped run has not made them in vain."""
-    return [replace(result, waiting=None if result.files.latent else _waiting(result)) for result in results]
-
-
-def _waiting(result: Result) -> Path:
-    named = result.files.video or result.files.images
-    return named.with_name(f"{named.stem}_latent.safetensors")
+    return [
+        replace(result, waiting=None if result.files.latent else result.files.beside("_latent.safetensors"))
+        for result in results
+    ]
 
 
 def left_to_make(

@@ -12,7 +12,7 @@ import toml
 from accelerate import Accelerator
 
 from modules.settings import tracked
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import require_file
 from utils.options import option, suggest
 
@@ -109,9 +109,7 @@ def start_tracking(
             wandb.login(key=options.wandb_api_key)
         accelerator.init_trackers(options.log_tracker_name, settings, dict(tracking.arguments))
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if options.wandb_api_key:
-            line = line.replace(options.wandb_api_key, "...")
+        line = first_line(error, options.wandb_api_key, 200)
         fix = (
             "set WANDB_API_KEY or run `wandb login`; WANDB_MODE=offline needs neither"
             if WANDB in tracking.names

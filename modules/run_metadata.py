@@ -5,7 +5,7 @@ from pathlib import Path
 
 from modules.cache_checks import is_one_frame
 from modules.checkpoints import OWN_KEY, model_metadata, new_session, training_metadata
-from modules.generation_plan import project_version
+from modules.generation_plan import software
 from modules.preflight import Plan
 from utils.identity import weights_identity
 
@@ -69,7 +69,7 @@ def run_metadata(plan: Plan, optimizer_name: str, batches: int) -> dict[str, str
         "quantize": options.precision.quantize,
         "one_frame": is_one_frame(plan.data),
         "compat_musubi": options.dit.compat_musubi,
-        "software": f"wan-tuner {project_version()}",
+        "software": software(),
     }
     own = {name: value for name, value in own.items() if value}
     return {**trained.file_metadata(), **training_metadata(values), **model, OWN_KEY: json.dumps(own)}

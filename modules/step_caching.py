@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,11 +60,15 @@ class Asked:
         return self.dit.time_projection(self.time)
 
 
-class Estimate(Protocol):
-    """How wrong the predictions of a model get by being used again."""
+class Estimate:
+    """How wrong the predictions of a model get by being used again; this one has every step computed."""
+
+    def __init__(self, settings: CacheSettings):
+        pass
 
     def change(self, asked: Asked) -> float:
-        """Return what a step adds to the error."""
+        """Return what a step adds to the error; infinite where it has to be computed."""
+        return math.inf
 
     def restart(self) -> None:
         """The step last asked about is computed."""
@@ -73,7 +77,7 @@ class Estimate(Protocol):
         """Hear what has been computed of the first prediction."""
 
 
-class EasyCache:
+class EasyCache(Estimate):
     """EasyCache (arXiv:2507.02860): how much the velocity changes, guessed from how much the latents do.
 
     With |.| the mean of absolute values, and i, j the last two computed steps, k = |v_i - v_j| / |x_i - x_j| is how far
@@ -93,16 +97,13 @@ class EasyCache:
             return math.inf
         return self.rate * _size(asked.x - before) / _size(self.velocity)
 
-    def restart(self) -> None:
-        pass
-
     def computed(self, x: Tensor, velocity: Tensor) -> None:
         if self.velocity is not None and (moved := _size(x - self.x)) > 0:
             self.rate = _size(velocity - self.velocity) / moved
         self.x, self.velocity = x, velocity
 
 
-class TeaCache:
+class TeaCache(Estimate):
     """TeaCache (arXiv:2411.19108): a polynomial, fitted to the weights, of how much the embedding of the time changes.
 
     A step n adds P(|e_n - e_(n-1)| / |e_(n-1)|), e being the embedding or its projection.
@@ -121,14 +122,8 @@ class TeaCache:
             value = value * changed + coefficient
         return value
 
-    def restart(self) -> None:
-        pass
 
-    def computed(self, x: Tensor, velocity: Tensor) -> None:
-        pass
-
-
-class MagCache:
+class MagCache(Estimate):
     """MagCache (arXiv:2506.09045): how much shorter the blocks' sum gets, as was measured once with the weights.
 
     With the curve's numbers g, a step n after the computed step i adds |1 - g_(i+1) ... g_n|. Not more than `most`
@@ -147,31 +142,12 @@ class MagCache:
     def restart(self) -> None:
         self.ratio, self.passed = 1.0, 0
 
-    def computed(self, x: Tensor, velocity: Tensor) -> None:
-        pass
 
-
-class Always:
-    """Computes every step, so that MagCache's curve can be measured."""
-
-    def __init__(self, settings: CacheSettings):
-        pass
-
-    def change(self, asked: Asked) -> float:
-        return math.inf
-
-    def restart(self) -> None:
-        pass
-
-    def computed(self, x: Tensor, velocity: Tensor) -> None:
-        pass
-
-
-METHODS: dict[str, Callable[[CacheSettings], Estimate]] = {
+METHODS: dict[str, type[Estimate]] = {
     "easycache": EasyCache,
     "teacache": TeaCache,
     "magcache": MagCache,
-    "calibrate": Always,
+    "calibrate": Estimate,  # MagCache's curve is measured
 }
 
 

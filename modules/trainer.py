@@ -43,7 +43,7 @@ from modules.settings import groups_of, hide_secrets
 from modules.several import join, load_shared, make_accelerator, only_here, sharding
 from modules.states import Progress, State
 from modules.stopping import Stop, command_to_resume
-from modules.timestep_bins import TimestepBins, in_words
+from modules.timestep_bins import TimestepBins
 from modules.train_options import TrainOptions
 from modules.trained import Trained
 from modules.validation import Validator
@@ -248,8 +248,7 @@ class Trainer:
         if self.epoch_losses:
             mean, means = sum(self.epoch_losses) / len(self.epoch_losses), self.bins.means("loss/epoch/")
             track_epoch(self.accelerator, {"loss/epoch": mean, **means}, epoch + 1, self.step)
-            self.record.log.write("epoch", self.step, epoch=epoch + 1, loss=mean, **self.bins.means(""))
-            logger.info("epoch %d: loss by timestep: %s", epoch + 1, in_words(means))
+            self.record.epoch(self.step, epoch + 1, mean, self.bins.means(""))
         if self.batches == len(self.loader):
             self.epochs, self.batches, self.epoch_losses, self.bins = epoch + 1, 0, [], TimestepBins()
         self.after_epoch(epoch + 1)

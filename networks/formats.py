@@ -242,13 +242,11 @@ def weight_deltas(
     return deltas([(read_lora(path, option)[0], multiplier, f"{option} {path}") for path, multiplier in files])
 
 
-def delta_shapes(path: Path | str, option: str = "--lora_weight") -> dict[str, tuple[int, ...]]:
-    """Return, by name of a DiT weight, the shape of what a LoRA file adds to it. Raises as `weight_deltas` does."""
-    return added_shapes(read_lora(path, option)[0], f"{option} {path}")
-
-
 def added_shapes(state_dict: Mapping[str, Tensor], name: str) -> dict[str, tuple[int, ...]]:
-    """Return what `delta_shapes` does for a LoRA in memory; name: what an error calls it."""
+    """Return, by name of a DiT weight, the shape of what a LoRA adds to it; name: what an error calls the LoRA.
+
+    Raises as `weight_deltas` does.
+    """
     shapes = {}
     for layer, parts in read_layers(state_dict, name).items():
         _refuse_dora(parts, f"{name}: {layer}")

@@ -132,8 +132,10 @@ def test_other_names_and_number_formats_are_merged_too(generate, lora, tmp_path,
 
 
 def test_what_cannot_be_merged_is_refused(generate, lora, models, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
     for options, line in (
-        ({"save_merged_model": tmp_path / "a.pth"}, "a.pth: is to be a .safetensors file. Use a.safetensors"),
+        ({"save_merged_model": tmp_path / "a.pth"}, "a.pth: not a .safetensors file. Give the name the suffix"),
+        ({"save_merged_model": tmp_path / "folder.safetensors"}, "folder.safetensors: is a folder, not a file"),
         ({"save_merged_model": models["dit_t2v"]}, "is --dit itself"),
         ({"lora_weight": None}, "there is no LoRA to merge"),
         ({"task": "t2v-A14B", "dit_high_noise": models["dit_t2v"]}, "merges one model, --dit_high_noise is another"),

@@ -65,6 +65,8 @@ def test_lines_without_a_seed_have_one_of_their_own(tmp_path):
     options = PromptOptions(from_file=tmp_path / "lines.txt", skip_existing=True)
     seeds = [[request.seed for request in read_requests(options, TASKS["t2v-1.3B"])] for _ in range(2)]
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 4 and seeds[0][1] == 2
+    (tmp_path / "lines.txt").write_text("a cat\n a cat \na cat\n")  # one line three times
+    assert len({request.seed for request in read_requests(options, TASKS["t2v-1.3B"])}) == 3
 
 
 @pytest.mark.parametrize("problem", [torch.nan, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])

@@ -163,7 +163,7 @@ def test_models_of_other_formats_change_places_too(files):
 def test_auto_keeps_the_idle_model_in_main_memory(files, caplog):
     caplog.set_level("INFO")
     assert paired(files, SwapOptions("auto")).offload and "waits in main memory" in caplog.text
-    assert paired(files, SwapOptions("auto")).auto_swap.ring is not None
+    assert paired(files, SwapOptions("auto")).auto_swap is not None
     assert paired(files).auto_swap is None
 
 

@@ -27,6 +27,12 @@ class UserError(Exception):
         return " ".join(part if part.endswith(("?", "!")) else f"{part}." for part in parts if part)
 
 
+def first_line(error: BaseException, secret: str | None = None, most: int = 160) -> str:
+    """Return the first line of an error, cut, and without a secret that it may repeat."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (line.replace(secret, "...") if secret else line)[:most]
+
+
 class Stopped(Exception):
     """A run ended before its time, as it was told to, and has said how to go on."""
 

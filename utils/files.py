@@ -46,6 +46,15 @@ def require_file(path: Path | str | None, option: str, what: str) -> Path:
     return path
 
 
+def require_safetensors_output(path: Path, option: str) -> None:
+    """Raise UserError for a path that no safetensors file can be written to, after making its folder."""
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(f"{option} {path}: not a .safetensors file", "give the name the suffix .safetensors")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, not a file", "name a file in it")
+    require_writable_folder(path.absolute().parent, option)
+
+
 def require_writable_folder(folder: Path, option: str) -> Path:
     """Return a folder in which files can be made, after making it where it is missing, or raise UserError."""
     blocking = next((place for place in (folder, *folder.parents) if place.exists()), folder)

@@ -28,7 +28,8 @@ from utils.files import atomic_path, require_file
 
 _PICKLES = {".pth", ".pt", ".bin", ".ckpt"}
 _SHARD = re.compile(r"^(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors)$")
-_SAFETENSORS_DTYPES = {
+# The format's names of dtypes (https://github.com/huggingface/safetensors#format).
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -259,7 +260,7 @@ def _read_header(path: Path, option: str) -> tuple[dict[str, Entry], dict[str, s
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         table = {
             key: Entry(
-                _SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8),
+                SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8),
                 tuple(entry["shape"]),
                 8 + length + entry["data_offsets"][0],
                 entry["data_offsets"][1] - entry["data_offsets"][0],

@@ -118,12 +118,12 @@ class AutoSwap:
         swapped = len(ring.numbers)
         if swapped == blocks:
             raise UserError(
-                f"not enough GPU memory ({short(line)}), with all {blocks} blocks swapped",
+                f"not enough GPU memory ({_short(line)}), with all {blocks} blocks swapped",
                 f"{self.fix}; docs/memory.md lists what saves how much",
             )
         if not self.alone:
             raise UserError(
-                f"not enough GPU memory ({short(line)}), and several processes cannot try again",
+                f"not enough GPU memory ({_short(line)}), and several processes cannot try again",
                 f"give {self.option} a number, more than {swapped}",
             )
         # Twice as many as the last time, so that it does not take many attempts.
@@ -134,7 +134,7 @@ class AutoSwap:
         added = [resident[i] for i in streamed_blocks(len(resident), target - swapped)]
         logger.warning(
             "not enough GPU memory (%s): %s auto swaps %d blocks instead of %d and computes this again",
-            *(short(line), self.option, target, swapped),
+            *(_short(line), self.option, target, swapped),
         )
         release_memory(ring.device.where)
         ring.stream([*ring.numbers, *added], slots_for(target, self.ring_size))
@@ -154,14 +154,17 @@ def auto_recommended(options: SwapOptions) -> Iterator[None]:
     except RuntimeError as error:
         if options.auto or not ran_out_of_memory(error):
             raise
-        given = f" with --blocks_to_swap {options.blocks_to_swap}" if options.blocks_to_swap else ""
-        raise UserError(
-            f"not enough GPU memory{given} ({short(str(error))})",
-            "use --blocks_to_swap auto; docs/memory.md lists what else saves some",
-        ) from None
+        fix = "use --blocks_to_swap auto; docs/memory.md lists what else saves some"
+        raise not_enough_memory(error, options.blocks_to_swap, fix) from None
 
 
-def short(line: str) -> str:
+def not_enough_memory(error: RuntimeError, swapped: int | str, fix: str) -> UserError:
+    """Return what a person is told of too little memory; swapped: --blocks_to_swap."""
+    given = f" with --blocks_to_swap {swapped}" if swapped else ""
+    return UserError(f"not enough GPU memory{given} ({_short(str(error))})", fix)
+
+
+def _short(line: str) -> str:
     """Return an error of torch without what follows: the memory of every process."""
     return line.partition(". GPU ")[0]
 

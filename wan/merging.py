@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from utils.devices import FLOAT8
 from utils.errors import UserError
+from utils.files import require_safetensors_output
 from utils.safetensors_io import open_tensors
 from utils.safetensors_stream import save_stream
 from wan.configs import WanConfig
@@ -21,10 +22,7 @@ logger = logging.getLogger(__name__)
 
 def check_merged(path: Path, dit: Path, option: str) -> None:
     """Raise UserError for a path that a merged DiT cannot be written to; warn of a file that is replaced."""
-    if path.suffix.lower() != ".safetensors":
-        raise UserError(
-            f"{option} {path}: is to be a .safetensors file", f"use {path.with_suffix('.safetensors').name}"
-        )
+    require_safetensors_output(path, option)
     if path.exists() and path.resolve() == Path(dit).resolve():
         raise UserError(f"{option} {path}: is --dit itself", "choose another name")
     if path.exists():

@@ -16,7 +16,7 @@ from utils.devices import release_memory
 from utils.errors import UserError
 from utils.options import option
 from wan.auto_swap import AutoSwap
-from wan.block_swap import Ring, SwapOptions
+from wan.block_swap import SwapOptions
 from wan.configs import TASKS, WanConfig
 from wan.dit_file import check_dit, check_fp8, dit_dtype
 from wan.model import Context, WanModel, WanShape
@@ -286,19 +286,10 @@ class CurrentAutoSwap(AutoSwap):
     """That of whichever model of a pair is in use when memory runs out."""
 
     def __init__(self, pair: DitPair):
-        own = pair.current.auto_swap
-        self.pair, self.ring_size, self.option, self.fix, self.alone = (
-            pair,
-            own.ring_size,
-            own.option,
-            own.fix,
-            own.alone,
-        )
-        self._more = 0
+        self.pair = pair
 
-    @property
-    def ring(self) -> Ring:
-        return self.pair.current.ring
+    def widen(self, line: str) -> None:
+        self.pair.current.auto_swap.widen(line)
 
 
 def each_model(dit: "WanModel | DitPair") -> list[WanModel]:

@@ -11,7 +11,7 @@ import ftfy
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import require_file
 
 OPTION = "--t5_tokenizer"
@@ -82,8 +82,7 @@ def _from_hub() -> Path:
         get_hf_file_metadata(hf_hub_url(REPOSITORY, FILES[0]), timeout=10)
         return Path(hf_hub_download(REPOSITORY, FILES[0]))
     except Exception as error:  # of several network libraries, or of the hub; the cure is one
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"the tokenizer {REPOSITORY} is not on this machine ({reason})", _FETCH) from None
+        raise UserError(f"the tokenizer {REPOSITORY} is not on this machine ({first_line(error)})", _FETCH) from None
 
 
 def _from_json(path: Path) -> Tokenizer:
@@ -136,5 +135,4 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    return UserError(f"{OPTION} {path}: not a tokenizer that can be read ({reason})", _FETCH)
+    return UserError(f"{OPTION} {path}: not a tokenizer that can be read ({first_line(error, most=120)})", _FETCH)

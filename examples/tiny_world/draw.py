@@ -4,9 +4,11 @@ python -m examples.tiny_world.draw --folder output/tiny_world --clips 12
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from examples.tiny_world.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, is_held_out, random_scene, training_caption
@@ -56,8 +58,7 @@ class DrawOptions:
 
 def main() -> None:
     (options,) = parse_options(__doc__, DrawOptions)
-    if options.frames % 4 != 1 or options.size % 16:
-        raise UserError(f"--frames {options.frames} --size {options.size}: need 4 n + 1 frames, a size divisible by 16")
+    check_size(options.frames, options.size)
     fixed = {
         name: getattr(options, name) for name in ("color", "shape", "motion", "background") if getattr(options, name)
     }
@@ -78,6 +79,18 @@ def main() -> None:
     print(f"{options.clips + options.others} clips in {options.folder}, config in {config}")
 
 
+def check_size(frames: int, size: int) -> None:
+    """Raise UserError for what the VAE takes no clips of."""
+    if frames % 4 != 1 or size % 16:
+        raise UserError(f"--frames {frames} --size {size}: need 4 n + 1 frames, a size divisible by 16")
+
+
+def write_clip(path: Path, frames: Sequence[np.ndarray]) -> None:
+    with frame_writer(Files(video=path), len(frames), fps=16, metadata=None) as write:
+        for frame in frames:
+            write(frame)
+
+
 def draw_clips(folder: Path, options: DrawOptions, fixed: dict[str, str]) -> None:
     """Write the clips with their captions; fixed: attributes of a scene that all of them share."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +102,7 @@ def draw_clips(folder: Path, options: DrawOptions, fixed: dict[str, str]) -> Non
         caption = training_caption(scene, rng) if options.for_training else scene.caption
         if options.name:
             caption = caption.replace(scene.shape, options.name)
-        with frame_writer(Files(video=folder / f"{i:03d}.mp4"), options.frames, fps=16, metadata=None) as write:
-            for frame in draw_scene(scene, options.frames, options.size):
-                write(frame)
+        write_clip(folder / f"{i:03d}.mp4", draw_scene(scene, options.frames, options.size))
         (folder / f"{i:03d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 

@@ -268,7 +268,7 @@ def main() -> None:
             continue
         for command, made in section.commands.items():
             if not found(options.folder, made):
-                call(command.replace(FOLDER, options.folder.as_posix()))
+                call(command.replace(FOLDER, shlex.quote(options.folder.as_posix())))
         rows = [
             (label or path.stem, path) for label, made in section.rows.items() for path in found(options.folder, made)
         ]

@@ -7,18 +7,17 @@ Fun-Control DiT made of the text-to-video one, which sees nothing in control vid
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file
 
+from examples.tiny_world.draw import check_size, write_clip
 from examples.tiny_world.i2v_training import with_eyes
 from examples.tiny_world.recipe import WEIGHTS
 from examples.tiny_world.world import Motion, Scene, draw, random_scene
-from modules.outputs import Files, frame_writer
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.options import option, parse_options
 from utils.safetensors_io import open_tensors, save_file_atomically
 
@@ -52,8 +51,7 @@ class PathOptions:
 
 def main() -> None:
     (options,) = parse_options(__doc__, PathOptions)
-    if options.frames % 4 != 1 or options.size % 16:
-        raise UserError(f"--frames {options.frames} --size {options.size}: need 4 n + 1 frames, a size divisible by 16")
+    check_size(options.frames, options.size)
     folder, rng = options.folder, random.Random(options.seed)
     for name in ("clips", "controls", "test"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -64,8 +62,8 @@ def main() -> None:
         for number in range(count):
             scene, motion = replace(random_scene(rng), place=0), random_path(rng)
             clip, control = (Path(str(path).format(number)) for path in (clips, controls))
-            write(clip, draw(scene, options.frames, options.size, motion))
-            write(control, draw_control(scene, motion, options.frames, options.size))
+            write_clip(clip, draw(scene, options.frames, options.size, motion))
+            write_clip(control, draw_control(scene, motion, options.frames, options.size))
             clip.with_suffix(".txt").write_text(caption(scene) + "\n", encoding="utf-8")
     numbers = {"folder": folder.as_posix(), "size": options.size, "frames": options.frames}
     (folder / "dataset.toml").write_text(CONFIG.format(**numbers), encoding="utf-8")
@@ -93,12 +91,6 @@ def draw_control(scene: Scene, motion: Motion, frames: int = 17, size: int = 64)
 def caption(scene: Scene) -> str:
     """Return the scene's caption without its motion: "a red circle on a black background"."""
     return scene.caption.replace(f" {scene.motion}", "")
-
-
-def write(path: Path, frames: Sequence[np.ndarray]) -> None:
-    with frame_writer(Files(video=path), len(frames), fps=16, metadata=None) as write_frame:
-        for frame in frames:
-            write_frame(frame)
 
 
 def write_control_dit(path: Path) -> None:
